@@ -1,0 +1,1 @@
+"""Text to numbers: encoders, text statistics and outcome features."""

@@ -1,0 +1,25 @@
+"""Errors that a user can act on: each message says what is wrong and what to do about it."""
+
+
+class RouterError(Exception):
+    """Base of every error that router-ml raises on purpose; the command line prints it and exits with 2."""
+
+
+class InputError(RouterError, ValueError):
+    """A file, an option or a request is not of the form it has to be."""
+
+
+class BundleError(RouterError):
+    """A bundle is incomplete, altered or made by an incompatible version."""
+
+
+class RegistryError(RouterError):
+    """The model registry is unreachable or does not hold what was asked for."""
+
+
+class NoEligibleModelError(RouterError):
+    """No candidate satisfies the request's hard constraints; `excluded` says why, per model."""
+
+    def __init__(self, message: str, excluded: dict[str, str]) -> None:
+        super().__init__(message)
+        self.excluded = excluded

@@ -1,0 +1,150 @@
+"""The words that the whole program is said in: frozen dataclasses, no framework in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Tier = Literal["frontier-closed", "mid-closed", "hosted-open", "self-hosted-open"]
+TIERS: tuple[Tier, ...] = ("frontier-closed", "mid-closed", "hosted-open", "self-hosted-open")
+CAPABILITIES = ("tools", "vision", "json")
+STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What is declared of one candidate model. Prices are USD per million tokens, windows are tokens.
+
+    `capabilities`, `regions` and `data_classes` are what the model is cleared for: what is not listed is not allowed.
+    """
+
+    id: str
+    provider: str
+    tier: Tier
+    input_usd_per_mtok: float
+    output_usd_per_mtok: float
+    context_window: int
+    capabilities: frozenset[str] = frozenset()
+    regions: frozenset[str] = frozenset()
+    data_classes: frozenset[str] = frozenset({"public"})
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `text` is its readable text, `attachments` counts its images, files and audio."""
+
+    role: str
+    text: str
+    attachments: int = 0
+    tool_calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """One request to be routed. The dial is at most one of `tier`, `min_probability` and `max_cost_usd` with either.
+
+    `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
+    the tool definitions as JSON; `needs` are capabilities that the request cannot do without.
+    """
+
+    messages: tuple[Message, ...]
+    tools: int = 0
+    tools_chars: int = 0
+    max_tokens: int | None = None
+    needs: frozenset[str] = frozenset()
+    tenant: str | None = None
+    key: str | None = None
+    task: str | None = None
+    session: str | None = None
+    request_id: str | None = None
+    data_class: str | None = None
+    region: str | None = None
+    candidates: tuple[str, ...] | None = None
+    tier: str | None = None
+    min_probability: float | None = None
+    max_cost_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One eligible model with its calibrated probability of an acceptable answer and its expected cost in USD."""
+
+    model: str
+    p_ok: float
+    expected_cost_usd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteDecision:
+    """The answer to a `RouteRequest`: the chosen model first in `candidates`, then the fallbacks in order.
+
+    `propensity` is the exact probability with which the policy chose `model` for this request (exploration included);
+    `excluded` maps each ineligible model to the constraint that kept it out.
+    """
+
+    decision_id: str
+    model: str
+    candidates: tuple[Candidate, ...]
+    excluded: Mapping[str, str]
+    propensity: float
+    explored: bool
+    meets_threshold: bool
+    min_probability: float
+    reason: str
+    model_version: str
+    policy_version: str
+
+    @property
+    def chosen(self) -> Candidate:
+        """The chosen model with its probability and expected cost."""
+        return self.candidates[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a decision. `quality` is in [0, 1] and may be absent, or come later in another outcome."""
+
+    decision_id: str | None = None
+    request_id: str | None = None
+    status: str = "ok"
+    served_model: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    latency_ms: float | None = None
+    retries: int = 0
+    quality: float | None = None
+    quality_source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the learner says of one request, aligned with the catalogue's order: shapes [m]."""
+
+    p_ok: FloatArray
+    output_tokens: FloatArray
+    input_tokens: float
+
+
+@runtime_checkable
+class Featurizer(Protocol):
+    """Requests to numbers: one path for training and for serving."""
+
+    names: Sequence[str]
+
+    def transform(self, requests: Sequence[RouteRequest]) -> FloatArray:
+        """Features of the requests, float32 [n, d]; row i depends on request i alone, bit for bit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a trained artefact came from: free-form metrics and the SHA-256 of the log it learnt from."""
+
+    log_sha256: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)

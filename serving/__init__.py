@@ -1,0 +1,1 @@
+"""The FastAPI service that answers routing decisions to a gateway."""

@@ -1,0 +1,1 @@
+"""Request logs to bundles: importers, the simulator, fitting, calibration and evaluation."""
