@@ -101,7 +101,7 @@ class Catalog:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"no catalogue at {path}: write one (see docs/architecture.md) or correct --catalog") from None
+            raise InputError(f"no catalogue at {path}: write one or correct --catalog") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not readable JSON: {error}") from None
         return cls.from_json(data, str(path))

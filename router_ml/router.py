@@ -1,0 +1,99 @@
+"""The product in one file: a request comes in, the learner estimates, the policy decides."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from router_ml.catalog import Catalog
+from router_ml.errors import NoEligibleModelError
+from router_ml.policy import Constraints, Policy, choose
+from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
+
+
+class Estimator(Protocol):
+    """The learner as the router sees it."""
+
+    def estimate(self, request: RouteRequest) -> Estimate:
+        """Probabilities and tokens per model for one request."""
+        ...
+
+
+@dataclass(frozen=True)
+class Router:
+    """An immutable router: one catalogue, one learner, one policy. A new version is a new object, swapped whole."""
+
+    catalog: Catalog
+    estimator: Estimator
+    policy: Policy
+    model_version: str
+    draw: Callable[[], float] = random.random
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """The catalogue's clearances, compiled once."""
+        return Constraints.compile(self.catalog, self.policy.check_models(self.catalog))
+
+    def with_policy(self, policy: Policy) -> Router:
+        """The same learner under another policy. Raises InputError when that names a model not in the catalogue."""
+        return replace(self, policy=policy.check_models(self.catalog))
+
+    def decide(self, request: RouteRequest) -> RouteDecision:
+        """Routes one request.
+
+        Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial is not valid.
+        """
+        policy = self.policy
+        min_probability = policy.min_probability(request)
+        estimate = self.estimator.estimate(request)
+        cost = self.expected_cost(request, estimate)
+        eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens)
+        if not eligible.any():
+            raise NoEligibleModelError(
+                "no model satisfies the request's constraints: relax one of them, or clear a model for it", excluded
+            )
+        explore = policy.exploration_rate > 0.0
+        choice = choose(
+            estimate.p_ok,
+            cost,
+            eligible,
+            min_probability,
+            pinned=next((self.catalog.index[r.model] for r in policy.rules if r.matches(request)), None),
+            default=self.catalog.index[policy.default_model] if policy.default_model else None,
+            unmet=policy.unmet,
+            exploration_rate=policy.exploration_rate,
+            draw=(self.draw(), self.draw()) if explore else (1.0, 0.0),
+        )
+        ids, p_ok, costs = self.catalog.ids, estimate.p_ok.tolist(), cost.tolist()
+        return RouteDecision(
+            decision_id=new_id(),
+            model=ids[choice.order[0]],
+            candidates=tuple(Candidate(ids[i], p_ok[i], costs[i]) for i in choice.order),
+            excluded=excluded,
+            propensity=choice.propensity,
+            explored=choice.explored,
+            meets_threshold=choice.meets_threshold,
+            min_probability=min_probability,
+            reason=choice.reason,
+            model_version=self.model_version,
+            policy_version=policy.version,
+        )
+
+    def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
+        """Expected cost of one answer per model in USD, float32 [m]; a request's `max_tokens` caps the output."""
+        output = estimate.output_tokens
+        if request.max_tokens is not None:
+            output = np.minimum(output, np.float32(request.max_tokens))
+        return np.float32(estimate.input_tokens) * self.catalog.input_price + output * self.catalog.output_price
+
+
+def new_id() -> str:
+    """A decision id of 32 hex digits that sorts by time (the layout of UUID version 7, without its dashes)."""
+    return f"{time.time_ns() // 1_000_000:012x}7{os.urandom(10).hex()[1:]}"
