@@ -65,8 +65,11 @@ $(STAMP): pyproject.toml requirements.lock
 	@test -d $(VENV) || "$(PYTHON)" -m venv $(VENV) || \
 	{ rm -rf $(VENV); echo 'Python could not make .venv; on Debian and Ubuntu it needs: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'Installing router-ml and its libraries into $(VENV): one to four minutes, about 2.5 GB with torch ...'
-	@quiet=-q; if [ -t 1 ]; then quiet=; fi; \
-	$(BIN)/python -m pip install $$quiet -c requirements.lock -e '.[train,serve,dev]' || \
+	@install() { $(BIN)/python -m pip install -c requirements.lock -e '.[train,serve,dev]' || rm -f $@.new; }; \
+	printf '%s' "$(CURDIR)" > $@.new; \
+	if [ -t 1 ]; then install; else install | awk \
+	  '/^Collecting / && ++n % 25 == 0 { print "  " n " packages found"; fflush() } \
+	   /^Installing collected/ { print "  installing " n " packages"; fflush() }'; fi; \
+	mv $@.new $@ 2> /dev/null || \
 	{ echo 'The installation failed (see above); the same command tries again, make clean starts afresh.' >&2; exit 1; }
-	@printf '%s' "$(CURDIR)" > $@
 	@echo 'Installed.'
