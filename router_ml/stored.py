@@ -1,0 +1,119 @@
+"""Reading the store back: decisions, their outcomes, and both together as rows of the request log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from router_ml.tables import DECISIONS, OUTCOMES
+
+PAGE = 500
+REPORTED = (
+    *("status", "input_tokens", "output_tokens", "cost_usd", "latency_ms", "retries", "quality", "quality_source"),
+    "served_model",
+)
+FEEDBACK = {"quality", "quality_source", "status", "retries"}
+
+
+def pages(engine: sa.Engine, table: sa.Table, since_us: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of `table` from `since_us` (microseconds since 1970) on, oldest first, some hundred at a time."""
+    (identity,) = table.primary_key
+    after: tuple[int, str] = (since_us, "")
+    while True:
+        query = (
+            sa.select(table)
+            .where(sa.tuple_(table.c.time_us, identity) > sa.tuple_(*after))
+            .order_by(table.c.time_us, identity)
+            .limit(PAGE)
+        )
+        with engine.connect() as connection:
+            page = [dict(row) for row in connection.execute(query).mappings()]
+        if not page:
+            return
+        yield page
+        after = (page[-1]["time_us"], page[-1][identity.name])
+
+
+def counts(engine: sa.Engine) -> dict[str, int]:
+    """How many decisions and outcomes are stored, and how many outcomes belong to no stored decision."""
+    same_request = sa.exists().where(DECISIONS.c.request_id == OUTCOMES.c.request_id)
+    known = sa.or_(
+        sa.exists().where(DECISIONS.c.decision_id == OUTCOMES.c.decision_id),
+        sa.and_(OUTCOMES.c.decision_id.is_(None), same_request),
+    )
+    queries = {
+        "decisions": sa.select(sa.func.count()).select_from(DECISIONS),
+        "outcomes": sa.select(sa.func.count()).select_from(OUTCOMES),
+        "unmatched_outcomes": sa.select(sa.func.count()).select_from(OUTCOMES).where(~known),
+    }
+    with engine.connect() as connection:
+        return {name: int(connection.execute(query).scalar_one()) for name, query in queries.items()}
+
+
+def log_rows(engine: sa.Engine, since_us: int = 0) -> Iterator[dict[str, Any]]:
+    """One `log_row` per decision from `since_us` on, oldest first.
+
+    An outcome belongs to the decision it names; one that names only a request belongs to that request's latest
+    decision. Later outcomes add to the earlier ones, and override them where both report the same thing.
+    """
+    for page in pages(engine, DECISIONS, since_us):
+        reported = _reported(engine, page)
+        for row in page:
+            yield log_row(row, reported.get(row["decision_id"], {}))
+
+
+def log_row(decision: Mapping[str, Any], reported: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored decision and what was reported of it, in the columns of `router_ml.logs.LOG_SCHEMA`.
+
+    `request_id` is the decision's id, since a request that was sent twice has two decisions. `model` is the one that
+    served; where that is not the policy's choice, `fallback_from` names the choice and `provider` is None. What no
+    outcome reported is None, the status too.
+    """
+    served = reported.get("served_model") or decision["model"]
+    fell_back = served != decision["model"]
+    return {
+        "request_id": decision["decision_id"],
+        "time": datetime.fromtimestamp(decision["time_us"] / 1e6, UTC),
+        **{name: decision[name] for name in ("session", "tenant", "key", "task", "prompt", "messages", "tools")},
+        "candidates": [candidate["model"] for candidate in decision["candidates"]],
+        "model": served,
+        "provider": None if fell_back else decision["provider"],
+        "propensity": decision["propensity"],
+        "policy_version": decision["policy_version"],
+        **{name: reported.get(name) for name in REPORTED if name != "served_model"},
+        "fallback_from": decision["model"] if fell_back else None,
+    }
+
+
+def _reported(engine: sa.Engine, page: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the outcomes of a page of decisions reported, per decision id."""
+    ids = [row["decision_id"] for row in page]
+    requests = {row["request_id"] for row in page} - {None}
+    by_decision = sa.select(OUTCOMES.c.decision_id.label("owner"), OUTCOMES).where(OUTCOMES.c.decision_id.in_(ids))
+    newest = sa.func.row_number().over(
+        partition_by=DECISIONS.c.request_id, order_by=(DECISIONS.c.time_us.desc(), DECISIONS.c.decision_id.desc())
+    )
+    of_request = (
+        sa.select(DECISIONS.c.request_id, DECISIONS.c.decision_id.label("owner"), newest.label("age"))
+        .where(DECISIONS.c.request_id.in_(requests))
+        .subquery()
+    )
+    by_request = (
+        sa.select(of_request.c.owner, OUTCOMES)
+        .join(of_request, of_request.c.request_id == OUTCOMES.c.request_id)
+        .where(OUTCOMES.c.decision_id.is_(None), of_request.c.age == 1, of_request.c.owner.in_(ids))
+    )
+    with engine.connect() as connection:
+        rows = [row for query in (by_decision, by_request) for row in connection.execute(query).mappings()]
+    merged: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda r: (r["time_us"], r["outcome_id"])):
+        said = {name: row[name] for name in REPORTED if row[name] is not None}
+        into = merged.setdefault(row["owner"], {})
+        if said.keys() <= FEEDBACK and row["status"] == "ok" and not row["retries"]:
+            # Feedback alone does not unsay how the call went.
+            said |= {name: into[name] for name in ("status", "retries") if name in into}
+        into.update(said)
+    return merged

@@ -1,0 +1,151 @@
+"""The store's tables, and opening the database that holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from router_ml.errors import InputError
+from router_ml.types import RouteDecision, RouteRequest
+
+SCHEMA_VERSION = "1"
+METADATA = sa.MetaData()
+INFO = sa.Table("store_info", METADATA, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String))
+DECISIONS = sa.Table(
+    "decisions",
+    METADATA,
+    sa.Column("decision_id", sa.String, primary_key=True),
+    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),  # microseconds since 1970, UTC
+    sa.Column("request_id", sa.String, index=True),
+    *(sa.Column(name, sa.String) for name in ("session", "tenant", "key", "task", "data_class", "region", "tier")),
+    sa.Column("needs", sa.JSON, nullable=False),
+    sa.Column("max_cost_usd", sa.Float),
+    sa.Column("candidates", sa.JSON, nullable=False),
+    sa.Column("excluded", sa.JSON, nullable=False),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("provider", sa.String, nullable=False),
+    sa.Column("propensity", sa.Float, nullable=False),
+    sa.Column("explored", sa.Boolean, nullable=False),
+    sa.Column("meets_threshold", sa.Boolean, nullable=False),
+    sa.Column("min_probability", sa.Float, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("model_version", sa.String, nullable=False),
+    sa.Column("policy_version", sa.String, nullable=False),
+    *(sa.Column(name, sa.Text) for name in ("prompt", "messages", "tools")),
+)
+OUTCOMES = sa.Table(
+    "outcomes",
+    METADATA,
+    sa.Column("outcome_id", sa.String, primary_key=True),
+    sa.Column("idempotency_key", sa.String, nullable=False, unique=True),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),  # when it arrived
+    sa.Column("key", sa.String),
+    sa.Column("decision_id", sa.String, index=True),
+    sa.Column("request_id", sa.String, index=True),
+    sa.Column("status", sa.String),
+    sa.Column("served_model", sa.String),
+    sa.Column("input_tokens", sa.BigInteger),
+    sa.Column("output_tokens", sa.BigInteger),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("latency_ms", sa.Float),
+    sa.Column("retries", sa.BigInteger),
+    sa.Column("quality", sa.Float),
+    sa.Column("quality_source", sa.String),
+)
+
+
+def open_database(url: str) -> sa.Engine:
+    """An engine on `url` (an SQLAlchemy URL or the path of an SQLite file) whose tables exist.
+
+    Raises InputError when it cannot be opened, or holds the tables of another version.
+    """
+    try:
+        parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
+    except sa.exc.ArgumentError:
+        raise InputError("the store's URL is not valid: use sqlite:///PATH or postgresql+psycopg://…") from None
+    name = parsed.render_as_string(hide_password=True)
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise InputError("the store needs a file: an SQLite database in memory is gone with the process")
+    dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+        # Without hide_parameters an error's text would hold the row, and so the prompt.
+        engine = sa.create_engine(parsed, json_serializer=dump, hide_parameters=True)
+        if engine.dialect.name not in ("sqlite", "postgresql"):
+            raise InputError(f"the store {name} is neither SQLite nor Postgres: use one of these")
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "connect", _sqlite_settings)
+        with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":  # its IF NOT EXISTS is no protection from a second process
+                connection.execute(sa.text("select pg_advisory_xact_lock(7205759403)"))
+            for table in METADATA.sorted_tables:
+                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+                for index in sorted(table.indexes, key=lambda i: str(i.name)):
+                    connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+            connection.execute(insert_new(engine, INFO).values(name="schema", value=SCHEMA_VERSION))
+            version = connection.execute(sa.select(INFO.c.value).where(INFO.c.name == "schema")).scalar_one()
+    except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+        reason = getattr(error, "orig", None) or error
+        raise InputError(f"the store {name} cannot be opened: {reason}") from None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"the store {name} has tables of version {version}, not {SCHEMA_VERSION}: use another store")
+    return engine
+
+
+def insert_new(engine: sa.Engine, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that leaves rows alone that are there already."""
+    if engine.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
+
+
+def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, Any]:
+    """The row of `DECISIONS` for a decision made now, without its prompt and the model's provider."""
+    return {
+        "decision_id": decision.decision_id,
+        "time_us": time.time_ns() // 1000,
+        "request_id": request.request_id,
+        "session": request.session,
+        "tenant": request.tenant,
+        "key": request.key,
+        "task": request.task,
+        "data_class": request.data_class,
+        "region": request.region,
+        "tier": request.tier,
+        "needs": sorted(request.needs),
+        "max_cost_usd": request.max_cost_usd,
+        "candidates": [
+            {"model": c.model, "p_ok": _finite(c.p_ok), "expected_cost_usd": _finite(c.expected_cost_usd)}
+            for c in decision.candidates
+        ],
+        "excluded": dict(decision.excluded),
+        "model": decision.model,
+        "propensity": decision.propensity,
+        "explored": decision.explored,
+        "meets_threshold": decision.meets_threshold,
+        "min_probability": decision.min_probability,
+        "reason": decision.reason,
+        "model_version": decision.model_version,
+        "policy_version": decision.policy_version,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _sqlite_settings(connection: sqlite3.Connection, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=5000")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # one flush a group commit, so a power cut loses one interval at most
+    cursor.close()
