@@ -167,6 +167,7 @@ def _client(uri: str) -> MlflowClient:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
     try:
@@ -212,7 +213,9 @@ def _version(
         _registered(client, uri, name)
         numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'", max_results=20))
         known = ", ".join(map(str, numbers)) or "none"
-        raise RegistryError(f"model {name!r} in {uri} has no version {version!r} (it has: {known})") from None
+        raise RegistryError(
+            f"model {name!r} in {uri} has no version {version!r} (it has: {known}): name one it has"
+        ) from None
     return ModelVersion(
         name=name,
         version=str(found.version),

@@ -1,0 +1,267 @@
+"""The registry against a real MLflow on SQLite: versions, aliases, downloads, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from router_ml.errors import BundleError, RegistryError
+from router_ml.registry import ModelVersion, connect, download, ensure_store, promote, resolve, versions
+from training.tracking import register_bundle
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('registry')}/nested/mlflow.db"
+
+
+def a_bundle(folder: Path, text: str = "one") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "log_sha256": "ab" * 32, "text": text}))
+    (folder / "booster.txt").write_text(f"tree {text}\n")
+    (folder / "encoder").mkdir()
+    (folder / "encoder" / "table.npz").write_bytes(bytes(range(256)))
+    return folder
+
+
+def register(store: str, bundle: Path, name: str, alias: str | None = "champion", auc: float = 0.7) -> ModelVersion:
+    return register_bundle(bundle, tracking_uri=store, name=name, params={"seed": 0}, metrics={"auc": auc}, alias=alias)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_bundle_comes_back_as_it_went_in(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = a_bundle(tmp_path / "made")
+    (tmp_path / "frontier.png").write_bytes(b"\x89PNG")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    made = register_bundle(
+        bundle,
+        tracking_uri=store,
+        name="whole",
+        params={"seed": 0, "encoder": "static"},
+        metrics={"auc": 0.71, "per model": {"org/model:7b@x": 0.5, "none": float("nan")}, "note": "not a number"},
+        plots=[tmp_path / "frontier.png"],
+        tags={"team": "search"},
+        alias="champion",
+    )
+    assert (made.name, made.version, made.alias, made.aliases) == ("whole", "1", "champion", ("champion",))
+    assert resolve(store, "whole") == made
+    assert contents(download(store, "whole", made.version, tmp_path / "got" / "1")) == contents(bundle)
+    assert [p.name for p in (tmp_path / "got").iterdir()] == ["1"]
+
+    assert made.run_id is not None
+    run = connect(store).get_run(made.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "0", "encoder": "static"}
+    assert run.data.metrics == {"auc": 0.71, "per model/org_model_7b_x": 0.5}
+    assert run.data.tags["team"] == "search"
+    assert run.data.tags["log_sha256"] == made.tags["log_sha256"] == "ab" * 32
+    assert [f.path for f in connect(store).list_artifacts(made.run_id, "plots")] == ["plots/frontier.png"]
+
+    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    assert run.info.artifact_uri.startswith(artifacts.as_uri())
+    assert not [p for p in artifacts.rglob("*") if p.suffix in (".pkl", ".pickle", ".joblib")]
+    assert list((tmp_path / "cwd").iterdir()) == []
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_promotion_keeps_the_previous_champion(store: str, tmp_path: Path) -> None:
+    for text in ("one", "two", "three"):
+        register(store, a_bundle(tmp_path / text, text), "promoted", alias=None)
+    with pytest.raises(RegistryError, match=r"no alias 'champion' .*none yet.*promote a version"):
+        resolve(store, "promoted")
+    assert promote(store, "promoted", "1").aliases == ("champion",)
+    with pytest.raises(RegistryError, match="no alias 'previous'"):
+        resolve(store, "promoted", "previous")
+    promote(store, "promoted", "2")
+    promote(store, "promoted", "2")
+    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("2", "1")
+    promote(store, "promoted", "3", alias="challenger")
+    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("2", "1")
+    promote(store, "promoted", resolve(store, "promoted", "previous").version)
+    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("1", "2")
+    fetched = download(store, "promoted", "3", tmp_path / "fetched")
+    assert (fetched / "booster.txt").read_text() == "tree three\n"
+
+
+def test_versions_are_listed_newest_first_with_what_is_known_of_them(store: str, tmp_path: Path) -> None:
+    register(store, a_bundle(tmp_path / "a"), "listed", alias="champion", auc=0.6)
+    register(store, a_bundle(tmp_path / "b", "two"), "listed", alias="challenger", auc=0.8)
+    newest, oldest = versions(store, "listed")
+    assert (newest.version, newest.aliases, newest.metrics) == ("2", ("challenger",), {"auc": 0.8})
+    assert (oldest.version, oldest.aliases, oldest.metrics) == ("1", ("champion",), {"auc": 0.6})
+    assert newest.tags["manifest_sha256"] != oldest.tags["manifest_sha256"]
+
+
+def test_a_download_replaces_a_bundle_whole_and_nothing_else(store: str, tmp_path: Path) -> None:
+    register(store, a_bundle(tmp_path / "a"), "replaced")
+    to = a_bundle(tmp_path / "here" / "current", "old")
+    (to / "stale.npz").write_bytes(b"x")
+    assert contents(download(store, "replaced", "1", to)) == contents(tmp_path / "a")
+    assert [p.name for p in to.parent.iterdir()] == ["current"]
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("mine")
+    with pytest.raises(RegistryError, match="is not a bundle: name a folder that does not exist yet"):
+        download(store, "replaced", "1", precious)
+    assert contents(precious) == {"notes.txt": b"mine"}
+
+
+def test_a_broken_version_is_reported_and_the_bundle_in_place_stays(store: str, tmp_path: Path) -> None:
+    made = register(store, a_bundle(tmp_path / "broken-source"), "broken")
+    model = Path(made.source.removeprefix("file://"))
+    (manifest,) = model.rglob("manifest.json")
+    manifest.unlink()
+    to = a_bundle(tmp_path / "here" / "current", "good")
+    before = contents(to)
+    with pytest.raises(RegistryError, match=r"holds no bundle.*router-ml train --register broken"):
+        download(store, "broken", "1", to)
+    (model / "MLmodel").unlink()
+    with pytest.raises(RegistryError, match="did not answer as it should"):
+        download(store, "broken", "1", to)
+    assert contents(to) == before
+    assert [p.name for p in to.parent.iterdir()] == ["current"]
+
+
+def test_a_model_of_another_make_is_not_taken_for_a_bundle(store: str, tmp_path: Path) -> None:
+    register(store, a_bundle(tmp_path / "a"), "foreign")
+    client = connect(store)
+    (tmp_path / "MLmodel").write_text("flavors:\n  sklearn: {}\n")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "router-ml"]
+    run = client.create_run(experiment.experiment_id)
+    client.log_artifact(run.info.run_id, str(tmp_path / "MLmodel"), "model")
+    client.create_model_version("foreign", f"{run.info.artifact_uri}/model", run.info.run_id)
+    with pytest.raises(RegistryError, match="version 2 of 'foreign' was not made by router-ml"):
+        download(store, "foreign", "2", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_what_is_not_there_is_named_with_what_is(store: str, tmp_path: Path) -> None:
+    register(store, a_bundle(tmp_path / "a"), "known")
+    with pytest.raises(RegistryError, match=r"no model 'unknown' is registered .*known.*router-ml train --register"):
+        resolve(store, "unknown")
+    with pytest.raises(RegistryError, match="no model 'unknown'"):
+        versions(store, "unknown")
+    with pytest.raises(RegistryError, match=r"no alias 'shadow' \(it has: champion\)"):
+        resolve(store, "known", "shadow")
+    for version in ("7", "latest"):
+        with pytest.raises(RegistryError, match=rf"no version '{version}' \(it has: 1\)"):
+            promote(store, "known", version)
+        with pytest.raises(RegistryError, match=f"no version '{version}'"):
+            download(store, "known", version, tmp_path / "to")
+    assert resolve(store, "known").version == "1"
+
+
+def test_reading_a_mistyped_path_makes_no_database(tmp_path: Path) -> None:
+    for call in (resolve, versions):
+        with pytest.raises(RegistryError, match=r"no model registry at .*register a bundle first"):
+            call(f"sqlite:///{tmp_path}/typo/mlflow.db", "router")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "mlflow.db", "sqlite:///:memory:", "sqlite://"])
+def test_a_store_that_cannot_hold_a_registry_is_refused(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (ensure_store, lambda u: resolve(u, "router")):
+        with pytest.raises(RegistryError, match=r"cannot hold a model registry: use .*sqlite:///mlflow\.db"):
+            call(uri)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreachable_server_is_said_soon() -> None:
+    began = time.monotonic()
+    with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:9 did not answer.*check that the tracking URI"):
+        resolve("http://127.0.0.1:9", "router")
+    assert time.monotonic() - began < 30
+
+
+def test_a_file_that_is_no_database_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("these are notes, and not a database\n" * 100)
+    before = (tmp_path / "notes.db").read_bytes()
+    with pytest.raises(RegistryError, match="did not answer as it should"):
+        ensure_store(f"sqlite:///{tmp_path}/notes.db")
+    assert (tmp_path / "notes.db").read_bytes() == before
+
+
+def test_without_a_bundle_nothing_is_registered(store: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle.*router-ml train"):
+        register(store, tmp_path, "nothing")
+    ensure_store(store)
+    with pytest.raises(RegistryError, match="no model 'nothing'"):
+        resolve(store, "nothing")
+
+
+def test_a_registration_that_fails_makes_no_version_and_says_so_in_its_run(store: str, tmp_path: Path) -> None:
+    bundle = a_bundle(tmp_path / "a")
+    register(store, bundle, "failing")
+    with pytest.raises(RegistryError, match=r"could not be registered.*absent\.png"):
+        register_bundle(
+            bundle,
+            tracking_uri=store,
+            name="failing",
+            params={},
+            metrics={},
+            plots=[tmp_path / "absent.png"],
+            tags={"which": "the failing one"},
+            alias="champion",
+        )
+    assert [v.version for v in versions(store, "failing")] == ["1"]
+    assert resolve(store, "failing").version == "1"
+    client = connect(store)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments, "tags.which = 'the failing one'")
+    assert run.info.status == "FAILED"
+
+
+def test_processes_that_first_use_a_store_at_once_all_succeed(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys, time, mlflow\n"
+        "from router_ml.registry import ensure_store\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
+        "ensure_store(sys.argv[3])\n"
+    )
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    processes = []
+    for i in range(2):
+        command = [sys.executable, "-c", script, str(tmp_path / f"ready{i}"), str(tmp_path / "go"), uri]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    output = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    assert connect(uri).search_registered_models() == []
+
+
+def test_mlflow_is_loaded_only_when_it_is_used() -> None:
+    script = "import sys, router_ml.registry; sys.exit('mlflow' in sys.modules or 'filelock' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_without_mlflow_the_error_says_how_to_get_it(store: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\nsys.modules['mlflow'] = None\n"
+        "from router_ml.registry import resolve\n"
+        "from router_ml.errors import RegistryError\n"
+        "try: resolve(sys.argv[1], 'router')\n"
+        "except RegistryError as error: print(error)\n"
+    )
+    ensure_store(store)
+    done = subprocess.run([sys.executable, "-c", script, store], capture_output=True, text=True, timeout=60)
+    assert "pip install 'router-ml[train]'" in done.stdout, done.stderr
