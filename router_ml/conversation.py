@@ -9,6 +9,8 @@ from typing import Any
 from router_ml.errors import InputError
 from router_ml.types import Message, RouteRequest
 
+# The kinds of part that are words; a part of any other kind is an attachment.
+_SPOKEN = ("text", "refusal", "thinking", "reasoning")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
@@ -63,7 +65,7 @@ def request_of_log_row(prompt: str | None, messages: str | None, tools: str | No
     try:
         parsed_tools = json.loads(tools) if tools else None
         parsed = json.loads(messages) if messages else None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'messages' or 'tools' is not JSON: {error}") from None
     if parsed:
         return request_of(messages=parsed, tools=parsed_tools)
@@ -75,11 +77,11 @@ def _message(position: int, entry: Any) -> Message:
     if not isinstance(entry, Mapping):
         raise InputError(f"{where} has to be an object with 'role' and 'content', not {type(entry).__name__}")
     role = entry.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}.role has to be one of {', '.join(sorted(ROLES))}")
     calls = entry.get("tool_calls")
     text, attachments = _content(where, entry.get("content"))
-    return Message(role, text, attachments, len(calls) if isinstance(calls, Sequence) else 0)
+    return Message(role, text, attachments, len(calls) if isinstance(calls, list) else 0)
 
 
 def _content(where: str, content: Any) -> tuple[str, int]:
@@ -95,8 +97,8 @@ def _content(where: str, content: Any) -> tuple[str, int]:
             texts.append(part)
         elif not isinstance(part, Mapping):
             raise InputError(f"{where}.content has a part that is neither a string nor an object")
-        elif isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif part.get("type") != "text":
+        elif words := [part[name] for name in _SPOKEN if isinstance(part.get(name), str)]:
+            texts.append(words[0])
+        elif part.get("type") not in _SPOKEN:
             attachments += 1
     return "\n".join(texts), attachments

@@ -88,12 +88,10 @@ class Policy:
         values = dict(data)
         try:
             if "rules" in values:
-                values["rules"] = tuple(Rule(**rule) for rule in values["rules"])
+                values["rules"] = tuple(_rule(rule) for rule in _array("rules", values["rules"]))
             if "keys" in values:
-                values["keys"] = {str(k): frozenset(v["models"]) for k, v in values["keys"].items()}
+                values["keys"] = {str(k): _key_models(str(k), v) for k, v in _table("keys", values["keys"]).items()}
             return cls(**values)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{source}: a rule needs a model, a key needs models: {error}") from None
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
@@ -118,8 +116,13 @@ class Policy:
         return self
 
     def min_probability(self, request: RouteRequest) -> float:
-        """The dial of this request. Raises InputError for an unknown tier or a probability outside [0, 1]."""
+        """The dial of this request.
+
+        Raises InputError for an unknown tier, a probability outside [0, 1], or both of them at once.
+        """
         if request.min_probability is not None:
+            if request.tier is not None:
+                raise InputError("give 'tier' or 'min_probability', not both")
             if not 0.0 <= request.min_probability <= 1.0:
                 raise InputError(f"min_probability {request.min_probability} has to lie in [0, 1]")
             return request.min_probability
@@ -225,12 +228,13 @@ def choose(
     """The cheapest eligible candidate whose probability meets the dial; else the most probable; else the default.
 
     `p_ok` and `cost_usd` are float32 [m], `eligible` is bool [m] with at least one True. A NaN probability never meets
-    a dial. `draw` holds two uniform numbers in [0, 1): the first decides whether to explore, the second where to.
+    a dial, a NaN cost is the highest. `draw` holds two uniform numbers in [0, 1): the first decides whether to
+    explore, the second where to.
     The propensity is (1 - rate) * [greedy] + rate / eligible, exact for every candidate; a pinned model has 1.
     """
     at = np.flatnonzero(eligible)
     p = p_ok[at].tolist()
-    cost = cost_usd[at].tolist()
+    cost = [c if c == c else math.inf for c in cost_usd[at].tolist()]
     size = len(p)
 
     def rank(i: int) -> tuple[bool, float, float]:
@@ -272,14 +276,48 @@ def _check(policy: Policy) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
             raise InputError(f"{name} has to be a number in [0, 1], not {value!r}")
 
-    if not policy.tiers:
-        raise InputError("'tiers' is empty: name at least one, such as standard = 0.7")
-    for name, value in policy.tiers.items():
-        probability(value, f"tier {name!r}")
+    for name in _table("tiers", policy.tiers) or [""]:
+        if not name or not isinstance(name, str):
+            raise InputError("'tiers' has to name at least one tier, such as standard = 0.7")
+        probability(policy.tiers[name], f"tier {name!r}")
     probability(policy.exploration_rate, "exploration_rate")
-    if policy.default_tier not in policy.tiers:
+    if not isinstance(policy.default_tier, str) or policy.default_tier not in policy.tiers:
         raise InputError(f"default_tier {policy.default_tier!r} is not one of the tiers {', '.join(policy.tiers)}")
+    if not isinstance(policy.default_data_class, str) or not policy.default_data_class:
+        raise InputError("default_data_class has to be the name of a data class")
+    if policy.default_model is not None and not isinstance(policy.default_model, str):
+        raise InputError("default_model has to be a model's id")
     if policy.unmet not in ("most-probable", "default"):
         raise InputError('\'unmet\' has to be "most-probable" or "default"')
     if policy.unmet == "default" and not policy.default_model:
         raise InputError("unmet = \"default\" needs a 'default_model'")
+
+
+def _table(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name!r} has to be a table")
+    return value
+
+
+def _array(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(f"{name!r} has to be an array")
+    return value
+
+
+def _rule(value: Any) -> Rule:
+    known = Rule.__dataclass_fields__
+    if not isinstance(value, Mapping) or "model" not in value or not set(value) <= set(known):
+        raise InputError(f"every rule has to be a table with a model and, of {', '.join(known)}, nothing else")
+    if not isinstance(value["model"], str) or not all(v is None or isinstance(v, str) for v in value.values()):
+        raise InputError("a rule's model, task and tenant have to be strings")
+    return Rule(**value)
+
+
+def _key_models(key: str, value: Any) -> frozenset[str]:
+    if not isinstance(value, Mapping) or set(value) != {"models"}:
+        raise InputError(f"key {key!r} has to be a table with an array 'models' and nothing else")
+    models = _array("models", value["models"])
+    if not all(isinstance(model, str) for model in models):
+        raise InputError(f"the models of key {key!r} have to be strings")
+    return frozenset(models)

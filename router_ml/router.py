@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from router_ml.catalog import Catalog
-from router_ml.errors import NoEligibleModelError
+from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Constraints, Policy, choose
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
 
@@ -48,9 +48,13 @@ class Router:
     def decide(self, request: RouteRequest) -> RouteDecision:
         """Routes one request.
 
-        Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial is not valid.
+        Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
+        not valid.
         """
         policy = self.policy
+        for name, limit in (("max_tokens", request.max_tokens), ("max_cost_usd", request.max_cost_usd)):
+            if limit is not None and not 0 <= limit < 2**53:
+                raise InputError(f"{name} has to be a number of 0 or more")
         min_probability = policy.min_probability(request)
         estimate = self.estimator.estimate(request)
         cost = self.expected_cost(request, estimate)
