@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml requirements.lock
 	printf '%s' "$(CURDIR)" > $@.new; \
 	if [ -t 1 ]; then install; else install | awk \
 	  '/^Collecting / && ++n % 25 == 0 { print "  " n " packages found"; fflush() } \
-	   /^Installing collected/ { print "  installing " n " packages"; fflush() }'; fi; \
+	   /^Installing collected/ { print "  installing"; fflush() }'; fi; \
 	mv $@.new $@ 2> /dev/null || \
 	{ echo 'The installation failed (see above); the same command tries again, make clean starts afresh.' >&2; exit 1; }
 	@echo 'Installed.'
