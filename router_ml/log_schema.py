@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.rawfiles import BROKEN_UTF8, JSON_COLUMNS, ORIGINAL, REASON, REJECT_SCHEMA, ROW
+from router_ml.rawfiles import BROKEN_UTF8, JSON_COLUMNS, REASON, REJECT_SCHEMA, ROW, plain, rejected
 from router_ml.types import STATUSES
 
 _TIME = pl.Datetime("us", "UTC")
@@ -133,15 +132,7 @@ def validate(
 
     reasons = {name: mask for name, mask in wrong.items() if mask.any()}
     reasons |= {_lost_reason(frame, name): mask for name, mask in lost.items() if name != REASON and mask.any()}
-    known = pl.col(REASON) if REASON in frame.columns else pl.lit(None, pl.String)
-    said = frame.with_columns(
-        pl.concat_str(
-            [known, *(pl.when(pl.lit(mask)).then(pl.lit(reason)) for reason, mask in reasons.items())],
-            separator="; ",
-            ignore_nulls=True,
-        ).alias(REASON)
-    ).filter(bad)
-    return good.filter(~bad), _rejects(said)
+    return good.filter(~bad), rejected(frame, reasons)
 
 
 def convert(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
@@ -183,8 +174,8 @@ def _cast(values: pl.Series, dtype: pl.DataType, *, json_text: bool) -> pl.Serie
         if isinstance(source, pl.List | pl.Array | pl.Struct):
             if not json_text:
                 return nothing
-            plain = (_plain(value) for value in values.to_list())
-            return pl.Series([v if v is None else json.dumps(v, ensure_ascii=False) for v in plain], dtype=dtype)
+            items = (plain(value) for value in values.to_list())
+            return pl.Series([v if v is None else json.dumps(v, ensure_ascii=False) for v in items], dtype=dtype)
         return values.cast(dtype, strict=False)
     if not (source.is_numeric() or source in (pl.String, pl.Boolean)) or (source == pl.Boolean and dtype.is_integer()):
         return nothing
@@ -319,28 +310,3 @@ def _any(masks: list[pl.Series], height: int) -> pl.Series:
 def _lost_reason(frame: pl.DataFrame, name: str) -> str:
     is_text = frame[name].dtype == pl.Binary and LOG_SCHEMA[name] == pl.String
     return BROKEN_UTF8 if is_text else f"wrong type: {name}"
-
-
-def _rejects(said: pl.DataFrame) -> pl.DataFrame:
-    originals = said[ORIGINAL].to_list() if ORIGINAL in said.columns else [None] * said.height
-    kept = said.select(c for c in said.columns if not c.startswith("__"))
-    texts = [
-        text if text is not None else json.dumps({k: _plain(v) for k, v in row.items()}, ensure_ascii=False)
-        for text, row in zip(originals, kept.iter_rows(named=True), strict=True)
-    ]
-    return pl.DataFrame([said[ROW], said[REASON], pl.Series(texts, dtype=pl.String)], schema=REJECT_SCHEMA)
-
-
-def _plain(value: Any) -> Any:
-    """`value` as strict JSON can hold it: NaN and infinities, times and bytes become their text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, date):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -160,7 +160,7 @@ class LogWriter:
         if self._rejected > self.max_reject_share * self.seen:
             kept = keep_rejects(rejects, self.out)
             raise InputError(
-                _too_many(self._rejected, self.seen, self.max_reject_share, self._reasons, kept, self._unknown)
+                too_many_rejects(self._rejected, self.seen, self.max_reject_share, self._reasons, kept, self._unknown)
             )
         if not self._hash.rows:
             raise InputError(f"no rows to write to {self.out}: the input is empty")
@@ -224,16 +224,23 @@ def keep_rejects(rejects: pl.DataFrame | Path, out: str | Path) -> Path:
     return kept
 
 
-def _too_many(
-    rejected: int, seen: int, share: float, reasons: Counter[str], kept: Path, unknown: Counter[str] | None = None
+def too_many_rejects(
+    rejected: int,
+    seen: int,
+    share: float,
+    reasons: Counter[str],
+    kept: Path | None,
+    unknown: Counter[str] | None = None,
 ) -> str:
+    """What to tell of an import that was given up: counts, main reasons, and where the rejected rows were kept."""
     main = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(5))
     named = ", ".join(name for name, _ in unknown.most_common(5)) if unknown else ""
     return (
         f"{rejected:,} of {seen:,} rows were rejected, more than the allowed share of {share:g}; nothing was written. "
         f"Main reasons: {main}. "
         + (f"Not in the catalogue: {named}. " if named else "")
-        + f"The rejected rows are in {kept}: correct the input, or allow more with --max-reject-share"
+        + (f"The rejected rows are in {kept}. " if kept is not None else "")
+        + "Correct the input, or allow a larger share with --max-reject-share"
     )
 
 

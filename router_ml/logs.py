@@ -68,7 +68,7 @@ def scan_log(path: str | Path) -> pl.LazyFrame:
     if path.suffix.lower() == ".parquet":
         return _fit(path)
     frames = []
-    for chunk in read_frames(path, LOG_SCHEMA):
+    for chunk in read_frames(path, LOG_SCHEMA.get):
         _check_columns(path, [c for c in chunk.frame.columns if not c.startswith("__")])
         frame, wrong = convert(chunk.frame, LOG_SCHEMA)
         first = [(chunk.frame[ROW].filter(mask)[0], f"wrong type: {name}") for name, mask in wrong.items()]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ REJECT_SCHEMA = pl.Schema({"row": pl.Int64(), "reason": pl.String(), "original":
 ROW, REASON, ORIGINAL = "__row", "__reason", "__original"
 JSON_COLUMNS = ("messages", "tools")
 CHUNK_ROWS = 100_000
+DtypeOf = Callable[[str], pl.DataType | None]
 # One field longer than this is a quote that was never closed, not a prompt.
 _MAX_FIELD_CHARS = 1 << 26
 
@@ -59,12 +62,11 @@ class RawFrame:
     rejects: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=REJECT_SCHEMA))
 
 
-def read_frames(
-    file: str | Path, schema: Mapping[str, pl.DataType], *, chunk_rows: int = CHUNK_ROWS
-) -> Iterator[RawFrame]:
+def read_frames(file: str | Path, dtype_of: DtypeOf, *, chunk_rows: int = CHUNK_ROWS) -> Iterator[RawFrame]:
     """Reads a .parquet, .csv or .jsonl file in chunks as found, for `write_log`; unreadable lines come as rejects.
 
-    `schema` says which columns are wanted and as what; the others are kept only for a reject's original row.
+    `dtype_of` says of a column's name as what type it is wanted, or None; columns that are not wanted are kept only for
+    a reject's original row. A chunk has the column `ROW`.
     Raises InputError for a file that is missing, of another kind or damaged as a whole.
     """
     path = Path(file)
@@ -72,24 +74,27 @@ def read_frames(
         raise InputError(f"there is no file {path}: correct the path")
     kind = path.suffix.lower()
     if kind == ".parquet":
+        done = 0
         try:
             for frame in pl.scan_parquet(path).collect_batches(chunk_size=chunk_rows, maintain_order=True):
-                yield RawFrame(frame)
+                yield RawFrame(frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(ROW) + done))
+                done += frame.height
         except pl.exceptions.PolarsError as error:
             raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
     elif kind in (".csv", ".jsonl", ".ndjson"):
         for chunk in (read_csv if kind == ".csv" else read_jsonl)(path, chunk_rows):
-            yield _raw_frame(chunk, schema)
+            yield _raw_frame(chunk, dtype_of)
     else:
         raise InputError(f"{path} is neither .parquet nor .csv nor .jsonl: convert it to one of them")
 
 
-def _raw_frame(chunk: RawChunk, schema: Mapping[str, pl.DataType]) -> RawFrame:
+def _raw_frame(chunk: RawChunk, dtype_of: DtypeOf) -> RawFrame:
     columns = []
     reasons: dict[int, list[str]] = {}
     for name, values in chunk.columns.items():
-        if name in schema:
-            column, wrong = _column(name, values, schema[name])
+        dtype = dtype_of(name)
+        if dtype is not None:
+            column, wrong = _column(name, values, dtype)
             for at in wrong:
                 reasons.setdefault(at, []).append(f"wrong type: {name}")
         elif chunk.originals is None:
@@ -225,3 +230,37 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def rejected(frame: pl.DataFrame, reasons: Mapping[str, pl.Series]) -> pl.DataFrame:
+    """The rows of a chunk that have a reason to be rejected, as `REJECT_SCHEMA`.
+
+    `reasons` maps each reason to the bool mask of its rows, beside what the reader itself found. `frame` has `ROW`.
+    """
+    known = pl.col(REASON) if REASON in frame.columns else pl.lit(None, pl.String)
+    because = [known, *(pl.when(pl.lit(mask)).then(pl.lit(reason)) for reason, mask in reasons.items())]
+    said = frame.with_columns(pl.concat_str(because, separator="; ", ignore_nulls=True).alias(REASON)).filter(
+        pl.col(REASON) != ""
+    )
+    originals = said[ORIGINAL].to_list() if ORIGINAL in said.columns else [None] * said.height
+    rows = said.select(c for c in said.columns if not c.startswith("__")).iter_rows(named=True)
+    texts = [
+        text if text is not None else json.dumps(plain(row), ensure_ascii=False)
+        for text, row in zip(originals, rows, strict=True)
+    ]
+    return pl.DataFrame([said[ROW], said[REASON], pl.Series(texts, dtype=pl.String)], schema=REJECT_SCHEMA)
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON can hold it: NaN and infinities, times and bytes become their text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

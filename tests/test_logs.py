@@ -302,7 +302,7 @@ def test_csv_keeps_every_line_but_the_broken_ones(tmp_path: Path, catalog: Catal
     )
     for chunk_rows in (1, 2, 100):
         out = tmp_path / f"log{chunk_rows}"
-        chunks = read_frames(file, LOG_SCHEMA, chunk_rows=chunk_rows)
+        chunks = read_frames(file, LOG_SCHEMA.get, chunk_rows=chunk_rows)
         summary = write_log(chunks, out, catalog=catalog, max_reject_share=0.9, now=NOW)
         log = read_log(out)
         assert log["request_id"].to_list() == ["r1", "r5"]
@@ -343,7 +343,7 @@ def test_jsonl_keeps_every_line_but_the_broken_ones(tmp_path: Path, catalog: Cat
     file.write_bytes(b"\n".join(lines))
     for chunk_rows in (1, 3, 100):
         out = tmp_path / f"log{chunk_rows}"
-        chunks = read_frames(file, LOG_SCHEMA, chunk_rows=chunk_rows)
+        chunks = read_frames(file, LOG_SCHEMA.get, chunk_rows=chunk_rows)
         write_log(chunks, out, catalog=catalog, max_reject_share=0.9, now=NOW)
         log = read_log(out)
         assert (log["request_id"].to_list(), log["cost_usd"].to_list()) == (["r1", "7"], [1.0, 0.5])
@@ -375,9 +375,9 @@ def test_jsonl_keeps_every_line_but_the_broken_ones(tmp_path: Path, catalog: Cat
 def test_a_file_that_is_broken_as_a_whole_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        list(read_frames(tmp_path / name, LOG_SCHEMA))
+        list(read_frames(tmp_path / name, LOG_SCHEMA.get))
     with pytest.raises(InputError, match="no file"):
-        list(read_frames(tmp_path / "absent.csv", LOG_SCHEMA))
+        list(read_frames(tmp_path / "absent.csv", LOG_SCHEMA.get))
 
 
 def test_a_log_is_read_back_as_it_was_written(tmp_path: Path, catalog: Catalog) -> None:
