@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router_ml.bundle import MANIFEST
 from router_ml.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
     the files hold is checked where the bundle is loaded. Raises RegistryError.
     """
     to = Path(to)
-    if to.exists() and not (to / "manifest.json").is_file() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and not (to / MANIFEST).is_file() and (not to.is_dir() or any(to.iterdir())):
         raise RegistryError(f"{to} is there and is not a bundle: name a folder that does not exist yet")
     client = _open(uri)
     with _reported(uri):
@@ -118,9 +119,9 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
         aside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
         try:
             fetched = _fetch(uri, f"{source}/{_bundle_path(uri, name, version, source, aside)}", aside / "new")
-            if not (fetched / "manifest.json").is_file():
+            if not (fetched / MANIFEST).is_file():
                 raise RegistryError(
-                    f"version {version} of {name!r} holds no bundle (no manifest.json in {source}): register it again "
+                    f"version {version} of {name!r} holds no bundle (no {MANIFEST} in {source}): register it again "
                     f"with `router-ml train --register {name}`"
                 )
             _swap(fetched, to, aside / "old")
@@ -248,7 +249,7 @@ def _swap(new: Path, to: Path, old: Path) -> None:
     try:
         new.replace(to)
     except OSError:
-        if (to / "manifest.json").is_file():  # another process was first with it
+        if (to / MANIFEST).is_file():  # another process was first with it
             return
         if old.exists():
             old.replace(to)

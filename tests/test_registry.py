@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from router_ml.bundle import read_bundle, write_bundle
 from router_ml.errors import BundleError, RegistryError
 from router_ml.registry import ModelVersion, connect, download, ensure_store, promote, resolve, versions
 from training.tracking import register_bundle
@@ -21,11 +21,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def a_bundle(folder: Path, text: str = "one") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "log_sha256": "ab" * 32, "text": text}))
-    (folder / "booster.txt").write_text(f"tree {text}\n")
-    (folder / "encoder").mkdir()
-    (folder / "encoder" / "table.npz").write_bytes(bytes(range(256)))
+    files = {"booster.txt": f"tree {text}\n".encode(), "outcomes.npz": bytes(range(256))}
+    write_bundle(folder, {"log_sha256": "ab" * 32}, files)
     return folder
 
 
@@ -101,7 +98,7 @@ def test_versions_are_listed_newest_first_with_what_is_known_of_them(store: str,
     newest, oldest = versions(store, "listed")
     assert (newest.version, newest.aliases, newest.metrics) == ("2", ("challenger",), {"auc": 0.8})
     assert (oldest.version, oldest.aliases, oldest.metrics) == ("1", ("champion",), {"auc": 0.6})
-    assert newest.tags["manifest_sha256"] != oldest.tags["manifest_sha256"]
+    assert newest.tags["bundle_version"] == read_bundle(tmp_path / "b").version != oldest.tags["bundle_version"]
 
 
 def test_a_download_replaces_a_bundle_whole_and_nothing_else(store: str, tmp_path: Path) -> None:
@@ -197,9 +194,13 @@ def test_a_file_that_is_no_database_is_refused_and_stays(tmp_path: Path) -> None
     assert (tmp_path / "notes.db").read_bytes() == before
 
 
-def test_without_a_bundle_nothing_is_registered(store: str, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"is not a bundle.*router-ml train"):
-        register(store, tmp_path, "nothing")
+def test_without_a_whole_bundle_nothing_is_registered(store: str, tmp_path: Path) -> None:
+    bundle = a_bundle(tmp_path / "a")
+    (bundle / "booster.txt").write_text("tree two\n")
+    with pytest.raises(BundleError, match=r"booster\.txt does not match its hash"):
+        register(store, bundle, "nothing")
+    with pytest.raises(BundleError, match="no bundle at"):
+        register(store, tmp_path / "absent", "nothing")
     ensure_store(store)
     with pytest.raises(RegistryError, match="no model 'nothing'"):
         resolve(store, "nothing")

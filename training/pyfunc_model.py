@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from features.load import load_router
 from router_ml.errors import InputError, NoEligibleModelError
+from router_ml.registry import BUNDLE
 from router_ml.router import Router
 from router_ml.types import Message, RouteRequest
 
@@ -23,14 +23,13 @@ _KNOWN = ("prompt", *_TEXTS, *_NUMBERS, *_INTEGERS, *_LISTS)
 
 
 class RouterModel(PythonModel):
-    """Routes every row of a frame. Exploration is off, so the same frame gives the same answer."""
+    """Routes every row of a frame under the default policy, which does not explore: a frame gives one answer."""
 
     router: Router
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the bundle, checked against its hashes."""
-        router = load_router(context.artifacts["bundle"])
-        self.router = router.with_policy(replace(router.policy, exploration_rate=0.0, version=""))
+        self.router = load_router(context.artifacts[BUNDLE])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -91,10 +90,13 @@ def _request(row: dict[str, Any]) -> RouteRequest:
     fields: dict[str, Any] = {name: str(given[name]) for name in _TEXTS if name in given}
     fields |= {name: float(given[name]) for name in _NUMBERS if name in given}
     fields |= {name: int(given[name]) for name in _INTEGERS if name in given}
-    if "needs" in given:
-        fields["needs"] = frozenset(given["needs"])
-    if "candidates" in given:
-        fields["candidates"] = tuple(given["candidates"])
+    for name in _LISTS:
+        if name in given:
+            if isinstance(given[name], str):
+                raise InputError(f"{name!r} has to be a list of names, not one text")
+            fields[name] = tuple(given[name])
+    if "needs" in fields:
+        fields["needs"] = frozenset(fields["needs"])
     return RouteRequest(messages=(Message("user", given["prompt"]),), **fields)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import re
@@ -15,14 +13,15 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_ml.errors import BundleError, RegistryError
+from router_ml.bundle import read_bundle
+from router_ml.errors import RegistryError
 from router_ml.registry import BUNDLE, ModelVersion, connect, ensure_store, promote, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # What the model needs where a data scientist loads it: this project (the code is in it) and what it predicts with.
-_REQUIREMENTS = ("router-ml", "lightgbm", "numpy", "pandas", "tokenizers")
+_REQUIREMENTS = ("router-ml", "lightgbm", "numpy", "pandas")
 _MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 _ARTIFACT = "router"
 
@@ -42,25 +41,24 @@ def register_bundle(
     """Logs one MLflow run with the bundle and registers it as a new version of `name`; `alias` then points to it.
 
     The run holds `params`, `metrics` (finite numbers; nested mappings are joined with a slash), the files `plots`, and
-    the hashes of the training log and of the manifest as tags, which the version carries too. The bundle is the
-    artifact of an `mlflow.pyfunc` model that is logged from code, so nothing is pickled. On a SQLite store a new
+    the training log's hash and the bundle's version as tags, which the registered version carries too. The bundle is
+    the artifact of an `mlflow.pyfunc` model that is logged from code, so nothing is pickled. On a SQLite store a new
     experiment keeps its artifacts beside the database, in `mlartifacts`.
 
-    Raises BundleError when `bundle_dir` has no readable manifest, RegistryError when the store cannot take it; the run
-    is then marked as failed, no version is made and no alias moves.
+    Raises BundleError for a bundle that does not match its hashes, RegistryError when the store cannot take it; the
+    run is then marked as failed, no version is made and no alias moves.
     """
-    bundle_dir = Path(bundle_dir)
-    manifest, digest = _manifest(bundle_dir)
+    bundle = read_bundle(bundle_dir)
     ensure_store(tracking_uri)
     client = connect(tracking_uri)
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException
 
-    provenance = {"manifest_sha256": digest} | {
-        key: str(manifest[key]) for key in ("log_sha256", "format") if key in manifest
+    provenance = {"bundle_version": bundle.version} | {
+        key: str(bundle.manifest[key]) for key in ("log_sha256", "format") if key in bundle.manifest
     }
     try:
-        run = client.create_run(_experiment(client, tracking_uri, experiment), run_name=f"{name}-{digest[:8]}")
+        run = client.create_run(_experiment(client, tracking_uri, experiment), run_name=f"{name}-{bundle.version}")
         run_id, now = run.info.run_id, run.info.start_time
         try:
             logged = [Metric(key, value, now, 0) for key, value in _numbers(metrics)]
@@ -73,7 +71,7 @@ def register_bundle(
             for plot in plots:
                 client.log_artifact(run_id, str(plot), "plots")
             with tempfile.TemporaryDirectory(prefix="router-ml-") as scratch, _quiet():
-                model = _save(bundle_dir, Path(scratch) / _ARTIFACT)
+                model = _save(Path(bundle_dir), Path(scratch) / _ARTIFACT)
                 client.log_artifacts(run_id, str(model), _ARTIFACT)
             version = _create_version(client, name, f"{run.info.artifact_uri}/{_ARTIFACT}", run_id, provenance)
         except BaseException:
@@ -92,17 +90,6 @@ def register_bundle(
         metrics=dict(_numbers(metrics)),
     )
     return promote(tracking_uri, name, version, alias) if alias else made
-
-
-def _manifest(bundle_dir: Path) -> tuple[dict[str, Any], str]:
-    try:
-        raw = (bundle_dir / "manifest.json").read_bytes()
-        manifest = json.loads(raw)
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{bundle_dir} is not a bundle ({error}): name the folder that `router-ml train` wrote"
-        ) from None
-    return manifest, hashlib.sha256(raw).hexdigest()
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
