@@ -302,4 +302,4 @@ def _lengths(lengths: pl.Series) -> bytes:
 
 
 def _text(values: pl.Series) -> bytes:
-    return "".join(values.drop_nulls().to_list()).encode()
+    return str(values.drop_nulls().str.join("").item() or "").encode()

@@ -38,12 +38,12 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 _CHUNK_ROWS = 100_000
 
 
-def logging_propensities(quality: npt.NDArray[np.floating], logging: Logging) -> Array:
+def logging_propensities(quality: npt.NDArray[np.floating], logging: Logging, *, best: int | None = None) -> Array:
     """Probability of each model being logged for each prompt, float64 [n, m]; quality [n, m], NaN is no candidate.
 
     `full`: every candidate, always (rows of ones, not a distribution). `uniform`: one candidate, all equally probable.
-    `mostly-best`: the model of the highest mean quality with 0.7, else any candidate, itself included, equally
-    probable; uniform where it is no candidate. Raises InputError for another policy.
+    `mostly-best`: the model of the highest mean quality (or the one at position `best`) with 0.7, else any candidate,
+    itself included, equally probable; uniform where it is no candidate. Raises InputError for another policy.
     """
     known = ~np.isnan(quality)
     if logging == "full":
@@ -53,8 +53,9 @@ def logging_propensities(quality: npt.NDArray[np.floating], logging: Logging) ->
         return uniform
     if logging != "mostly-best":
         raise InputError(f"unknown logging policy {logging!r}: choose one of {', '.join(LOGGINGS)}")
-    sums = np.where(known, quality, 0.0).sum(axis=0, dtype=np.float64)
-    best = int(np.argmax(sums / np.maximum(known.sum(axis=0), 1)))
+    if best is None:
+        sums = np.where(known, quality, 0.0).sum(axis=0, dtype=np.float64)
+        best = int(np.argmax(sums / np.maximum(known.sum(axis=0), 1)))
     mixed: Array = (1.0 - BEST_SHARE) * uniform
     mixed[:, best] += BEST_SHARE
     mixed[~known[:, best]] = uniform[~known[:, best]]
