@@ -219,6 +219,7 @@ def choose(
     eligible: BoolArray,
     min_probability: float,
     *,
+    willingness_to_pay_usd: float | None = None,
     pinned: int | None = None,
     default: int | None = None,
     unmet: str = "most-probable",
@@ -226,6 +227,10 @@ def choose(
     draw: tuple[float, float] = (1.0, 0.0),
 ) -> Choice:
     """The cheapest eligible candidate whose probability meets the dial; else the most probable; else the default.
+
+    With a willingness to pay (USD that an acceptable answer is worth; RouterBench, arXiv 2403.12031) the choice among
+    those that meet the dial is the largest of worth * probability - cost instead of the cheapest: as a dial over many
+    requests it gets more quality for the same money, because what a dearer model costs is weighed against what it adds.
 
     `p_ok` and `cost_usd` are float32 [m], `eligible` is bool [m] with at least one True. A NaN probability never meets
     a dial, a NaN cost is the highest. `draw` holds two uniform numbers in [0, 1): the first decides whether to
@@ -239,6 +244,8 @@ def choose(
 
     def rank(i: int) -> tuple[bool, float, float]:
         if p[i] >= min_probability:
+            if willingness_to_pay_usd is not None:
+                return (False, cost[i] - willingness_to_pay_usd * p[i], -p[i])
             return (False, cost[i], -p[i])
         return (True, -p[i] if p[i] == p[i] else 1.0, cost[i])
 
@@ -253,6 +260,8 @@ def choose(
         )
     if meets:
         reason = f"cheapest candidate with probability at least {min_probability:g}"
+        if willingness_to_pay_usd is not None:
+            reason = f"best value at {willingness_to_pay_usd:g} USD for an acceptable answer"
     else:
         reason = f"no candidate reaches {min_probability:g}: the most probable"
         known = any(v == v for v in p)

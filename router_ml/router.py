@@ -69,6 +69,7 @@ class Router:
             cost,
             eligible,
             min_probability,
+            willingness_to_pay_usd=request.willingness_to_pay_usd,
             pinned=next((self.catalog.index[r.model] for r in policy.rules if r.matches(request)), None),
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
             unmet=policy.unmet,

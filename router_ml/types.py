@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """One request to be routed. The dial is at most one of `tier`, `min_probability` and `max_cost_usd` with either.
+    """One request to be routed. The dial is `tier` or `min_probability`, or `willingness_to_pay_usd`; see `policy`.
 
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
     the tool definitions as JSON; `needs` are capabilities that the request cannot do without.
@@ -67,6 +67,7 @@ class RouteRequest:
     candidates: tuple[str, ...] | None = None
     tier: str | None = None
     min_probability: float | None = None
+    willingness_to_pay_usd: float | None = None
     max_cost_usd: float | None = None
 
 
@@ -131,20 +132,28 @@ class Estimate:
     input_tokens: float
 
 
-@runtime_checkable
+@dataclass(frozen=True, slots=True)
+class CandidateFeatures:
+    """What the learner sees of one request, a row per candidate in catalogue order.
+
+    `rows` is float32 [m, d], `parts` float32 [k, m] holds the k linear estimates of P(ok) that are also columns of
+    `rows`, `output_tokens` float32 [m] and `input_tokens` are token counts for the cost.
+    """
+
+    rows: FloatArray
+    parts: FloatArray
+    output_tokens: FloatArray
+    input_tokens: float
+
+
 class Featurizer(Protocol):
-    """Requests to numbers: one path for training and for serving."""
+    """One request to numbers: the same function in training and in serving."""
 
-    names: Sequence[str]
-
-    def transform(self, requests: Sequence[RouteRequest]) -> FloatArray:
-        """Features of the requests, float32 [n, d]; row i depends on request i alone, bit for bit."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns of `CandidateFeatures.rows`."""
         ...
 
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a trained artefact came from: free-form metrics and the SHA-256 of the log it learnt from."""
-
-    log_sha256: str
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    def transform(self, request: RouteRequest) -> CandidateFeatures:
+        """The features of one request; they depend on nothing else, bit for bit."""
+        ...

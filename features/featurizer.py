@@ -1,0 +1,92 @@
+"""One request to the rows that the learner sees: the same path in training and in serving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from features.encoder import StaticEncoder
+from features.lexicon import Lexicon
+from features.outcomes import KernelMap, OutcomeHeads
+from features.text import STATISTICS, conversation_chars, request_text, text_statistics, words
+from router_ml.catalog import Catalog
+from router_ml.types import CandidateFeatures, FloatArray, RouteRequest
+
+DESCRIPTORS = ("model_success", "model_log_input_price", "model_log_output_price")
+PARTS = ("kernel", "lexical")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFeatures:
+    """What is known of a request before any outcome is looked at."""
+
+    kernel: FloatArray
+    statistics: FloatArray
+    term_ids: npt.NDArray[np.int64]
+    chars: int
+
+
+@dataclass(frozen=True)
+class RequestFeaturizer:
+    """The part that no label enters: encoder, kernel map and lexicon. It is fitted once and shared by all folds."""
+
+    encoder: StaticEncoder
+    kernel_map: KernelMap
+    lexicon: Lexicon
+
+    def transform(self, request: RouteRequest) -> RequestFeatures:
+        """Features of one request."""
+        text = request_text(request)
+        text_words = words(text)
+        statistics = text_statistics(request, text, text_words)
+        tokens = self.encoder.token_ids(text_words)
+        kernel = self.kernel_map.apply(self.encoder.embed(tokens), statistics)
+        return RequestFeatures(kernel, statistics, self.lexicon.term_ids(tokens), conversation_chars(request))
+
+
+@dataclass(frozen=True)
+class CandidateFeaturizer:
+    """Requests to one row per candidate: outcome features, model descriptors, text statistics.
+
+    `success` float32 [m] is each model's mean rate of acceptable answers, shrunk to the mean of all; `input_tokens_fit`
+    holds (a, b) of input tokens = a + b * characters. In training every fold has its own `heads`, fitted on the others.
+    """
+
+    catalog: Catalog
+    requests: RequestFeaturizer
+    heads: OutcomeHeads
+    success: FloatArray
+    input_tokens_fit: tuple[float, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns of a row."""
+        return (*PARTS, *(f"{p}_mean" for p in PARTS), *DESCRIPTORS, *STATISTICS)
+
+    @cached_property
+    def _descriptors(self) -> FloatArray:
+        prices = np.log1p(np.stack([self.catalog.input_price, self.catalog.output_price], axis=1) * 1e6)
+        return np.concatenate([self.success[:, None], prices], axis=1).astype(np.float32)
+
+    def with_heads(self, heads: OutcomeHeads, success: FloatArray) -> CandidateFeaturizer:
+        """The same path with other heads: what a fold of training uses."""
+        return replace(self, heads=heads, success=success)
+
+    def transform(self, request: RouteRequest) -> CandidateFeatures:
+        """The features of one live request."""
+        return self.rows(self.requests.transform(request))
+
+    def rows(self, features: RequestFeatures) -> CandidateFeatures:
+        """Rows [m, d] from a request's own features."""
+        parts, tokens = self.heads.apply(features.kernel, features.term_ids, self.requests.lexicon)
+        k, m = parts.shape
+        rows = np.empty((m, 2 * k + len(DESCRIPTORS) + len(STATISTICS)), dtype=np.float32)
+        rows[:, :k] = parts.T
+        rows[:, k : 2 * k] = np.add.reduce(parts, axis=1) / np.float32(m)
+        rows[:, 2 * k : 2 * k + len(DESCRIPTORS)] = self._descriptors
+        rows[:, 2 * k + len(DESCRIPTORS) :] = features.statistics
+        a, b = self.input_tokens_fit
+        return CandidateFeatures(rows, parts, tokens, a + b * features.chars)

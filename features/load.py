@@ -1,0 +1,94 @@
+"""Bundles to routers, and back: the one place that knows which file of a bundle holds what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+
+from features.encoder import StaticEncoder
+from features.featurizer import CandidateFeaturizer, RequestFeaturizer
+from features.lexicon import Lexicon
+from features.outcomes import from_arrays, to_arrays
+from router_ml.bundle import MANIFEST, Bundle, pack_arrays, read_bundle, write_bundle
+from router_ml.errors import BundleError
+from router_ml.policy import Policy
+from router_ml.quality import Calibration, LearnedEstimator
+from router_ml.router import Router
+
+BOOSTER, ENCODER, TOKENS, OUTCOMES = "booster.txt", "encoder.npz", "tokens.json", "outcomes.npz"
+
+
+def save_router(out: str | Path, estimator: LearnedEstimator, manifest: dict[str, Any]) -> str:
+    """Writes a bundle that `load_router` reads; returns its version. `manifest` adds what training knows."""
+    featurizer = estimator.featurizer
+    if not isinstance(featurizer, CandidateFeaturizer):
+        raise TypeError("only a CandidateFeaturizer can be bundled")
+    encoder, lexicon = featurizer.requests.encoder, featurizer.requests.lexicon
+    calibration = {"slope": estimator.calibration.slope, "intercept": estimator.calibration.intercept}
+    outcomes = to_arrays(featurizer.requests.kernel_map, featurizer.heads)
+    files = {
+        BOOSTER: estimator.booster.model_to_string(num_iteration=-1).encode(),
+        ENCODER: pack_arrays({"table": encoder.table.astype(np.float16)}),
+        TOKENS: _dump(encoder.tokens),
+        OUTCOMES: pack_arrays(
+            {**outcomes, **calibration, "term_keys": lexicon.keys, "idf": lexicon.idf, "success": featurizer.success}
+        ),
+    }
+    return write_bundle(
+        out,
+        {
+            **manifest,
+            "catalog": featurizer.catalog.to_json(),
+            "features": list(featurizer.names),
+            "features_sha256": _names_hash(featurizer.names),
+            "encoder": {"id": encoder.id, "pieces": encoder.pieces, "dim": encoder.dim},
+            "input_tokens_fit": list(featurizer.input_tokens_fit),
+        },
+        files,
+    )
+
+
+def load_estimator(bundle: Bundle) -> LearnedEstimator:
+    """The learner of a verified bundle. Raises BundleError when its parts do not fit each other."""
+    arrays = bundle.arrays(OUTCOMES)
+    spec = bundle.manifest["encoder"]
+    table = np.ascontiguousarray(bundle.arrays(ENCODER)["table"], dtype=np.float32)
+    encoder = StaticEncoder(spec["id"], tuple(bundle.json(TOKENS)), table, bool(spec["pieces"]))
+    kernel_map, heads = from_arrays(arrays)
+    lexicon = Lexicon(len(encoder.tokens), arrays["term_keys"].astype(np.int64), arrays["idf"].astype(np.float32))
+    a, b = bundle.manifest["input_tokens_fit"]
+    featurizer = CandidateFeaturizer(
+        bundle.catalog, RequestFeaturizer(encoder, kernel_map, lexicon), heads, arrays["success"], (a, b)
+    )
+    if bundle.manifest["features_sha256"] != _names_hash(featurizer.names):
+        raise BundleError(
+            f"{MANIFEST} was made with other features than this version of router-ml computes: "
+            "install the version that made it, or train again"
+        )
+    booster = lgb.Booster(model_str=bundle.file(BOOSTER).decode())
+    if booster.num_feature() != len(featurizer.names):
+        raise BundleError(f"{BOOSTER} expects {booster.num_feature()} features, there are {len(featurizer.names)}")
+    return LearnedEstimator(featurizer, booster, Calibration(arrays["slope"], arrays["intercept"]))
+
+
+def load_router(path: str | Path, policy: Policy | None = None) -> Router:
+    """A ready router from a bundle directory, under `policy` or the default one.
+
+    Raises BundleError that names the file at fault, InputError when the policy names a model that is not in the bundle.
+    """
+    bundle = read_bundle(path)
+    router = Router(bundle.catalog, load_estimator(bundle), policy or Policy(), bundle.version)
+    return router.with_policy(router.policy)
+
+
+def _dump(values: tuple[str, ...]) -> bytes:
+    return json.dumps(list(values), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _names_hash(names: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()

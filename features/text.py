@@ -1,0 +1,183 @@
+"""Requests to text, words and text statistics: what every other feature starts from."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+
+import numpy as np
+
+from router_ml.types import FloatArray, RouteRequest
+
+MAX_CHARS = 4096
+"""Characters of a conversation that are read for features: bounds the time of a decision, whatever is sent."""
+_HEAD = 3072
+_SHORT_TURN = 200
+
+STATISTICS = (
+    "log_chars",
+    "log_words",
+    "digit_share",
+    "upper_share",
+    "punctuation_share",
+    "newline_share",
+    "non_ascii_share",
+    "symbol_share",
+    "questions",
+    "chars_per_word",
+    "distinct_share",
+    "list_marks",
+    "code_marks",
+    "log_conversation_chars",
+    "turns",
+    "log_tools_chars",
+    "tools",
+    "attachments",
+)
+
+_ASCII_WORD = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
+_ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LIST_MARKS = ("\n(", "\n-", "\n*", "\n1")
+_CODE_MARKS = ("```", ";\n", "\\", "==")
+
+_CLASSES = (
+    b"0123456789",
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    b".,:;!'\"()-",
+    b"\n",
+    bytes(range(128, 256)),
+    b"$\\=+*/<>^_|~{}[]@#%&`",
+    b"?",
+)
+_CLASS_OF = bytes(next((i + 1 for i, chars in enumerate(_CLASSES) if byte in chars), 0) for byte in range(256))
+_COUNTED = tuple(bytes([i + 1]) for i in range(len(_CLASSES)))
+
+
+def request_text(request: RouteRequest) -> str:
+    """The text that stands for a request: what was asked last, with as much of the conversation as it needs.
+
+    The system prompt is the harness's, not the request's, so it is left out unless there is nothing else. A short
+    last message ("yes", "and in French?") means nothing alone: earlier turns, newest first, come before it.
+    Longer texts are cut in the middle to `MAX_CHARS`.
+    """
+    turns = [m for m in request.messages if m.role not in ("system", "developer") and m.text]
+    if not turns:
+        turns = [m for m in request.messages if m.text]
+    last_user = max((i for i, m in enumerate(turns) if m.role == "user"), default=len(turns) - 1)
+    if len(turns) == 1:
+        return _cut(turns[0].text)
+    parts: list[str] = []
+    size = 0
+    for position in range(len(turns) - 1, -1, -1):
+        text = turns[position].text
+        # The last question and what followed it (tool results) always count; older turns while the text is short.
+        if position < last_user and size >= _SHORT_TURN:
+            break
+        room = MAX_CHARS - size
+        if room <= 0:
+            break
+        if position < last_user:
+            text = text[-min(room, 1024) :]
+        parts.append(text)
+        size += len(text) + 1
+    return _cut("\n".join(reversed(parts)))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks, split as BERT's uncased tokenizer splits them.
+
+    The rules are those of BertNormalizer and BertPreTokenizer: control characters dropped, accents stripped, every
+    punctuation mark and CJK character a word of its own.
+    """
+    if text.isascii() and not _ASCII_CONTROL.search(text):
+        return _ASCII_WORD.findall(text.lower())
+    plain = unicodedata.normalize("NFD", text.translate(_CLEAN)).translate(_SPLIT)
+    return plain.lower().split()
+
+
+def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> FloatArray:
+    """Counts and shares of `text` and of the conversation around it, float32 [len(STATISTICS)]."""
+    data = text.encode("utf-8", "surrogatepass").translate(_CLASS_OF)
+    size = max(len(data), 1)
+    counts = [data.count(number) for number in _COUNTED]
+    n_words = max(len(text_words), 1)
+    return np.array(
+        [
+            math.log1p(len(text)),
+            math.log1p(len(text_words)),
+            counts[0] / size,
+            counts[1] / size,
+            counts[2] / size,
+            counts[3] / size,
+            counts[4] / size,
+            counts[5] / size,
+            min(counts[6], 10),
+            len(text) / n_words,
+            len(set(text_words)) / n_words,
+            min(sum(map(text.count, _LIST_MARKS)), 50),
+            min(sum(map(text.count, _CODE_MARKS)), 50),
+            math.log1p(conversation_chars(request)),
+            min(len(request.messages), 100),
+            math.log1p(request.tools_chars),
+            min(request.tools, 100),
+            min(sum(m.attachments for m in request.messages), 20),
+        ],
+        dtype=np.float32,
+    )
+
+
+def conversation_chars(request: RouteRequest) -> int:
+    """Characters that a model would have to read: every message and the tool definitions."""
+    return sum(len(m.text) for m in request.messages) + request.tools_chars
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else text[:_HEAD] + "\n" + text[-(MAX_CHARS - _HEAD - 1) :]
+
+
+class _Clean(dict[int, str]):
+    """BertNormalizer's clean-up and its spaces around CJK characters, one character at a time, remembered."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        if char in "\t\n\r" or unicodedata.category(char) == "Zs":
+            out = " "
+        elif code in (0, 0xFFFD) or unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs"):
+            out = ""
+        elif any(low <= code <= high for low, high in _CJK):
+            out = f" {char} "
+        else:
+            out = char
+        self[code] = out
+        return out
+
+
+class _Split(dict[int, str]):
+    """Accents away, and a space around every punctuation mark, as BertPreTokenizer splits."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        category = unicodedata.category(char)
+        if category == "Mn":
+            out = ""
+        elif category.startswith("P") or (33 <= code <= 126 and not char.isalnum()):
+            out = f" {char} "
+        else:
+            out = char
+        self[code] = out
+        return out
+
+
+_CJK = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B920, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+_CLEAN = _Clean()
+_SPLIT = _Split()

@@ -1,0 +1,151 @@
+"""The bundle: what training makes, the registry versions and serving loads. Every byte is checked, nothing is executed.
+
+A directory: `manifest.json` lists every file with its SHA-256, `manifest.sha256` holds the manifest's own. Arrays are
+`.npz` read without pickle, the booster is LightGBM's own text. A bundle needs no network and no other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from router_ml.catalog import Catalog
+from router_ml.errors import BundleError, InputError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+_RETRAIN = "fetch the bundle again, or train a new one"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory, verified: its manifest and the bytes of its files by name."""
+
+    manifest: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    version: str
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalogue that the learner was trained on; its order is the model axis."""
+        return Catalog.from_json(self.manifest["catalog"], MANIFEST)
+
+    def arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of one `.npz` file."""
+        return unpack_arrays(self.file(name), name)
+
+    def json(self, name: str) -> Any:
+        """One JSON file, parsed."""
+        return json.loads(self.file(name))
+
+    def file(self, name: str) -> bytes:
+        """The bytes of one file. Raises BundleError when the bundle does not list it."""
+        if name not in self.files:
+            raise BundleError(f"the bundle lists no file {name!r}: {_RETRAIN}")
+        return self.files[name]
+
+
+def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """Arrays as the bytes of an `.npz` file, the same bytes for the same arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **dict(arrays))
+    return buffer.getvalue()
+
+
+def unpack_arrays(data: bytes, name: str) -> dict[str, npt.NDArray[Any]]:
+    """The inverse of `pack_arrays`. Raises BundleError."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{name} holds no readable arrays ({error}): {_RETRAIN}") from None
+
+
+def write_bundle(out: str | Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
+    """Writes a bundle aside and renames it into place; returns its version, the first 12 digits of the manifest's hash.
+
+    A directory that already holds a bundle is replaced. Raises InputError when `out` is something else.
+    """
+    out = Path(out)
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle: choose another --out, or remove it")
+    full = {
+        "format": FORMAT,
+        **manifest,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+    }
+    text = (json.dumps(full, indent=1, sort_keys=True) + "\n").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, data in {**files, MANIFEST: text, MANIFEST_HASH: f"{digest}\n".encode()}.items():
+            with (aside / name).open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        aside.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / "bundle")
+            aside.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return digest[:12]
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Reads and verifies a bundle. Raises BundleError that names the file at fault and what to do."""
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"no bundle at {path}: make one with 'router-ml train --out {path}', or correct the path")
+    text = _read(path, MANIFEST)
+    stated = _read(path, MANIFEST_HASH)
+    digest = hashlib.sha256(text).hexdigest()
+    if len(stated) != 65 or stated[64:] != b"\n" or set(stated[:64]) - set(b"0123456789abcdef"):
+        raise BundleError(f"{path / MANIFEST_HASH} is not a SHA-256 digest, so it was altered: {_RETRAIN}")
+    if stated != f"{digest}\n".encode():
+        raise BundleError(
+            f"{path / MANIFEST} does not match its hash in {MANIFEST_HASH}, so one was altered: {_RETRAIN}"
+        )
+    manifest = json.loads(text)
+    if manifest.get("format") != FORMAT:
+        raise BundleError(
+            f"{path} has bundle format {manifest.get('format')!r}, this version of router-ml reads {FORMAT}: "
+            "install the version that made it, or train again"
+        )
+    files = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name:
+            raise BundleError(f"{path / MANIFEST} lists {name!r}, which is not a plain file name: {_RETRAIN}")
+        data = _read(path, name)
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise BundleError(f"{path / name} does not match its hash in {MANIFEST}, so it was altered: {_RETRAIN}")
+        files[name] = data
+    return Bundle(manifest, files, digest[:12])
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{path / name} is missing: {_RETRAIN}") from None
+    except OSError as error:
+        raise BundleError(f"{path / name} cannot be read ({error.strerror}): check its permissions") from None

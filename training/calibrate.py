@@ -1,0 +1,56 @@
+"""Platt scaling per model, shrunk to the scaling of all models together."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from router_ml.quality import Calibration, logit
+
+Array = npt.NDArray[np.float64]
+PRIOR_ROWS = 100.0
+"""A model's own scaling counts as much as the pooled one at this many rows."""
+_LARGEST_WEIGHT = 20.0
+
+
+def calibrate(
+    score: npt.NDArray[np.floating], label: npt.NDArray[np.floating], weight: Array | None = None
+) -> Calibration:
+    """Fits p_ok = sigmoid(slope * logit(score) + intercept) per model (Platt 1999).
+
+    `score` and `label` are [n, m], NaN labels are unknown. `weight` [n, m] is 1 / propensity where the log has it, so
+    that requests which the logging policy sent elsewhere count too; it is capped at 20 times its least value. Models
+    with few rows keep close to the pooled scaling, a model with none has exactly that.
+    """
+    known = ~np.isnan(label)
+    x = logit(np.asarray(score))
+    w = np.ones_like(x) if weight is None else np.where(np.isnan(weight), 1.0, weight)
+    if known.any():
+        w = np.minimum(w, _LARGEST_WEIGHT * w[known].min())
+    pooled = _fit(x[known], label[known], w[known], np.array([1.0, 0.0]), prior=1.0)
+    scalings = [
+        _fit(x[at, j], label[at, j], w[at, j], pooled, prior=PRIOR_ROWS) if (at := known[:, j]).any() else pooled
+        for j in range(x.shape[1])
+    ]
+    slope, intercept = np.array(scalings).T
+    return Calibration(np.maximum(slope, 0.05), intercept)
+
+
+def _fit(x: Array, y: npt.NDArray[np.floating], w: Array, prior_mean: Array, *, prior: float) -> Array:
+    """Newton's method on the penalised log-likelihood; the prior is worth `prior` rows of average information."""
+    if not len(x):
+        return prior_mean
+    w = w / w.mean()
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    # A row's information is at most 1/4; the slope's is measured in the spread of the scores.
+    precision = prior * 0.25 * np.diag([max(float(np.mean(x**2)), 0.1), 1.0])
+    beta = prior_mean.copy()
+    for _ in range(50):
+        p = 1.0 / (1.0 + np.exp(-np.clip(design @ beta, -30, 30)))
+        gradient = design.T @ (w * (p - y)) + precision @ (beta - prior_mean)
+        hessian = (design * (w * p * (1 - p))[:, None]).T @ design + precision
+        step = np.linalg.solve(hessian, gradient)
+        beta = beta - np.clip(step, -2.0, 2.0)
+        if float(np.abs(step).max()) < 1e-8:
+            break
+    return beta

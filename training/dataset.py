@@ -1,0 +1,134 @@
+"""Logs to matrices: one row per distinct request, one column per model of the catalogue, NaN where nothing is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from router_ml.catalog import Catalog
+from router_ml.conversation import request_of_log_row
+from router_ml.errors import InputError
+from router_ml.types import RouteRequest
+
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a log says of n distinct requests and m models.
+
+    `quality`, `output_tokens` and `propensity` are float32 [n, m] with NaN where the log has nothing; `input_tokens`
+    is float32 [n]. Requests that share a `group` [n] (a session, or the same text) never fall on both sides of a split.
+    Rows are in order of first arrival.
+    """
+
+    catalog: Catalog
+    requests: list[RouteRequest]
+    quality: Matrix
+    output_tokens: Matrix
+    input_tokens: npt.NDArray[np.float32]
+    propensity: Matrix
+    group: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def observed(self) -> npt.NDArray[np.bool_]:
+        """Where a quality is known, bool [n, m]."""
+        return ~np.isnan(self.quality)
+
+    def labels(self, threshold: float) -> Matrix:
+        """1 where quality is at least `threshold`, 0 where below, NaN where unknown; [n, m]."""
+        return np.where(self.observed, self.quality >= threshold, np.nan).astype(np.float32)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Dataset:
+        """The data set restricted to some rows."""
+        return Dataset(
+            self.catalog,
+            [self.requests[i] for i in rows],
+            self.quality[rows],
+            self.output_tokens[rows],
+            self.input_tokens[rows],
+            self.propensity[rows],
+            self.group[rows],
+        )
+
+
+def build_dataset(log: pl.DataFrame, catalog: Catalog) -> Dataset:
+    """Gathers the log's rows that have a prompt by distinct request.
+
+    Several outcomes of one model on one request are averaged. Rows without a prompt or messages cannot be learnt from
+    and are left out (they still count for cost and volume elsewhere). Raises InputError when nothing remains.
+    """
+    text = ["prompt", "messages", "tools"]
+    usable = log.filter(
+        (pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()) & pl.col("model").is_in(list(catalog.ids))
+    )
+    if usable.is_empty():
+        raise InputError(
+            f"none of the log's {len(log)} rows has both a prompt (or messages) and a model of the catalogue: "
+            "log prompts, or check the catalogue's model ids"
+        )
+    usable = usable.with_columns(pl.struct(text).rank("dense").alias("_content"))
+    first = usable.group_by("_content", maintain_order=True).agg(
+        *(pl.col(c).first() for c in [*text, "session", "task", "tenant"]), pl.col("input_tokens").mean()
+    )
+    first = first.with_row_index("_row")
+    cells = (
+        usable.join(first.select("_content", "_row"), on="_content", maintain_order="left")
+        .group_by("_row", "model", maintain_order=True)
+        .agg(
+            pl.col("quality").mean(),
+            pl.col("output_tokens").filter(pl.col("status").is_null() | (pl.col("status") == "ok")).mean(),
+            pl.col("propensity").mean(),
+        )
+    )
+    n, m = len(first), len(catalog)
+    at = cells["_row"].to_numpy(), np.array([catalog.index[x] for x in cells["model"].to_list()], dtype=np.int64)
+
+    def matrix(column: str) -> Matrix:
+        out = np.full((n, m), np.nan, dtype=np.float32)
+        out[at] = cells[column].cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        return out
+
+    session = first.select(
+        pl.when(pl.col("session").is_null())
+        .then(pl.format("request {}", "_row"))
+        .otherwise(pl.format("session {}", "session"))
+        .rank("dense")
+        .cast(pl.Int64)
+    ).to_series()
+    requests = [
+        request_of_log_row(prompt, messages, tools) for prompt, messages, tools in first.select(text).iter_rows()
+    ]
+    return Dataset(
+        catalog,
+        requests,
+        matrix("quality"),
+        matrix("output_tokens"),
+        first["input_tokens"].cast(pl.Float32).fill_null(float("nan")).to_numpy(),
+        matrix("propensity"),
+        session.to_numpy(),
+    )
+
+
+def split_by_time(data: Dataset, holdout: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row numbers for training and for holding out: the newest `holdout` share, whole groups only.
+
+    A group that began before the cut stays in training, so that no conversation is on both sides.
+    """
+    n = len(data)
+    cut = n - round(n * holdout)
+    early = np.isin(data.group, data.group[:cut])
+    return np.flatnonzero(early), np.flatnonzero(~early)
+
+
+def folds_of(data: Dataset, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """A fold number in [0, count) per request; groups stay whole, drawn under `seed`."""
+    _, group = np.unique(data.group, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(int(group.max()) + 1)
+    return (order % count)[group]
