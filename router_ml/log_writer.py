@@ -134,19 +134,28 @@ class LogWriter:
         if sum(frame.height for frame in self._rejects) >= CHUNK_ROWS:
             self._flush_rejects()
 
+    def write_file(self, frame: pl.DataFrame, name: str) -> None:
+        """Writes a frame as one parquet file of the log. Raises InputError when the disk does not take it."""
+        try:
+            frame.write_parquet(self.tmp / name, compression="zstd", compression_level=1)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise InputError(
+                f"cannot write {self.out}: {error}; nothing of it was kept: free some space, or choose another --out"
+            ) from None
+
     def _flush(self) -> None:
         if self._pending:
             part = pl.concat(self._pending)
             name = f"part-{len(self._parts):05d}.parquet"
-            part.write_parquet(self.tmp / name, compression="zstd", compression_level=1)
+            self.write_file(part, name)
             self._parts.append({"file": name, "rows": part.height})
             self._pending = []
 
     def _flush_rejects(self) -> None:
         if self._rejects:
-            path = self.tmp / f".rejects-{len(self._reject_files):05d}.parquet"
-            pl.concat(self._rejects).write_parquet(path)
-            self._reject_files.append(path)
+            name = f".rejects-{len(self._reject_files):05d}.parquet"
+            self.write_file(pl.concat(self._rejects), name)
+            self._reject_files.append(self.tmp / name)
             self._rejects = []
 
     def _finish(self) -> LogSummary:

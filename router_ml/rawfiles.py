@@ -73,19 +73,19 @@ def read_frames(file: str | Path, dtype_of: DtypeOf, *, chunk_rows: int = CHUNK_
     if not path.is_file():
         raise InputError(f"there is no file {path}: correct the path")
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        done = 0
-        try:
+    done = 0
+    try:
+        if kind == ".parquet":
             for frame in pl.scan_parquet(path).collect_batches(chunk_size=chunk_rows, maintain_order=True):
                 yield RawFrame(frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(ROW) + done))
                 done += frame.height
-        except pl.exceptions.PolarsError as error:
-            raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
-    elif kind in (".csv", ".jsonl", ".ndjson"):
-        for chunk in (read_csv if kind == ".csv" else read_jsonl)(path, chunk_rows):
-            yield _raw_frame(chunk, dtype_of)
-    else:
-        raise InputError(f"{path} is neither .parquet nor .csv nor .jsonl: convert it to one of them")
+        elif kind in (".csv", ".jsonl", ".ndjson"):
+            for chunk in (read_csv if kind == ".csv" else read_jsonl)(path, chunk_rows):
+                yield _raw_frame(chunk, dtype_of)
+        else:
+            raise InputError(f"{path} is neither .parquet nor .csv nor .jsonl: convert it to one of them")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"{path} is not a readable {kind[1:]} file: {str(error).splitlines()[0]}") from None
 
 
 def _raw_frame(chunk: RawChunk, dtype_of: DtypeOf) -> RawFrame:

@@ -466,6 +466,12 @@ def test_an_existing_log_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "log.rejects.parquet", "precious"]
 
 
+def test_an_out_that_cannot_be_made_is_refused(tmp_path: Path, catalog: Catalog) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write beside"):
+        write_log([frame(row(0))], tmp_path / "file" / "log", catalog=catalog)
+
+
 def test_an_out_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, catalog: Catalog) -> None:
     with pytest.raises(InputError, match="exists already"), LogWriter(tmp_path / "log", catalog=catalog) as writer:
         writer.write(frame(row(0)))

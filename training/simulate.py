@@ -94,15 +94,12 @@ def simulate(
         "bad_feedback_ratio": bad_feedback_ratio,
     }
     with LogWriter(out, catalog=SIMULATED_CATALOG, logging=logging, meta=meta, overwrite=overwrite) as writer:
-        truth = writer.tmp / "truth"
-        truth.mkdir()
+        (writer.tmp / "truth").mkdir()
         for chunk, at in enumerate(range(0, rows, _CHUNK)):
             rng = np.random.default_rng([seed, chunk])
             requests = _requests(at, min(_CHUNK, rows - at), rows, seed, rng)
             writer.write(_attempts(requests, logging, feedback_rate, bad_feedback_ratio, rng))
-            _truth(requests).write_parquet(
-                truth / f"part-{chunk:05d}.parquet", compression="zstd", compression_level=1, statistics=False
-            )
+            writer.write_file(_truth(requests), f"truth/part-{chunk:05d}.parquet")
             if progress is not None:
                 progress(min(at + _CHUNK, rows))
     assert writer.summary is not None
