@@ -189,7 +189,7 @@ class Constraints:
                     excluded[model] = "not in the catalogue"
         if request.key is not None and request.key in self.key:
             require(self.key[request.key], "not on the key's allow-list")
-        data_class = request.data_class or policy.default_data_class
+        data_class = policy.default_data_class if request.data_class is None else request.data_class
         require(self.data_class.get(data_class), f"not cleared for data class {data_class!r}")
         if request.region is not None:
             require(self.region.get(request.region), f"not in region {request.region!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _KINDS = {
     "cheapest candidate": "cheapest",
+    "best value": "best_value",
     "a rule pins": "pinned",
     "exploration": "explored",
     "no estimate": "no_estimate",
@@ -23,4 +24,6 @@ def kind(reason: str) -> str:
     for start, name in _KINDS.items():
         if reason.startswith(start):
             return name
-    return "default" if reason.endswith("default") else "most_probable"
+    if reason.startswith("no candidate reaches"):
+        return "default" if reason.endswith("default") else "most_probable"
+    return "other"

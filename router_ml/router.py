@@ -52,7 +52,8 @@ class Router:
         not valid.
         """
         policy = self.policy
-        for name, limit in (("max_tokens", request.max_tokens), ("max_cost_usd", request.max_cost_usd)):
+        for name in ("max_tokens", "max_cost_usd", "willingness_to_pay_usd"):
+            limit = getattr(request, name)
             if limit is not None and not 0 <= limit < 2**53:
                 raise InputError(f"{name} has to be a number of 0 or more")
         min_probability = policy.min_probability(request)

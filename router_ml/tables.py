@@ -27,6 +27,7 @@ DECISIONS = sa.Table(
     *(sa.Column(name, sa.String) for name in ("session", "tenant", "key", "task", "data_class", "region", "tier")),
     sa.Column("needs", sa.JSON, nullable=False),
     sa.Column("max_cost_usd", sa.Float),
+    sa.Column("willingness_to_pay_usd", sa.Float),
     sa.Column("candidates", sa.JSON, nullable=False),
     sa.Column("excluded", sa.JSON, nullable=False),
     sa.Column("model", sa.String, nullable=False),
@@ -123,6 +124,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "tier": request.tier,
         "needs": sorted(request.needs),
         "max_cost_usd": request.max_cost_usd,
+        "willingness_to_pay_usd": request.willingness_to_pay_usd,
         "candidates": [
             {"model": c.model, "p_ok": _finite(c.p_ok), "expected_cost_usd": _finite(c.expected_cost_usd)}
             for c in decision.candidates

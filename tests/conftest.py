@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Set before any test imports numpy, torch or mlflow: each reads these once, at import.
 for _name, _value in {
@@ -22,6 +24,8 @@ for _name, _value in {
 import pytest  # noqa: E402  (it imports plugins, which may import any of them)
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from router_ml.catalog import Catalog
 
 SKIPS = Path(__file__).with_name("skips.txt")
@@ -134,3 +138,60 @@ class StrictSkips:
 def pytest_configure(config: pytest.Config) -> None:
     if _strict():
         config.pluginmanager.register(StrictSkips(), "strict-skips")
+
+
+def _tiny_log_rows(catalog: Catalog) -> Iterator[dict[str, Any]]:
+    """Easy questions that every model answers, and hard ones that only the dearer models do; all models are asked."""
+    import numpy as np
+
+    rng = np.random.default_rng(5)
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    skill = {"frontier": 0.95, "mid": 0.75, "hosted": 0.5, "local": 0.3}
+    nouns = ["river", "stone", "cloud", "engine", "ledger", "market", "protein", "theorem", "tensor", "violin", "comet"]
+    for i in range(240):
+        hard = i % 2 == 1
+        topic = " ".join(rng.choice(nouns, 4))
+        prompt = (
+            f"Prove rigorously that the {topic} operator is bounded." if hard else f"What is the plural of {topic}?"
+        )
+        for model in catalog.ids:
+            yield {
+                "request_id": f"r{i}",
+                "time": start + timedelta(minutes=i),
+                "prompt": prompt,
+                "candidates": list(catalog.ids),
+                "model": model,
+                "provider": catalog[model].provider,
+                "propensity": 1.0,
+                "policy_version": "full",
+                "input_tokens": len(prompt) // 4,
+                "output_tokens": int(rng.integers(20, 60)) * (10 if hard else 1),
+                "status": "ok",
+                "retries": 0,
+                "quality": float(rng.random() < (skill[model] if hard else 0.95)),
+                "quality_source": "test",
+            }
+
+
+@pytest.fixture(scope="session")
+def tiny_log(catalog: Catalog) -> pl.DataFrame:
+    """A request log of 240 prompts with the outcomes of all four models."""
+    import polars as pl
+
+    from router_ml.logs import LOG_SCHEMA
+
+    return pl.DataFrame(list(_tiny_log_rows(catalog)), schema=LOG_SCHEMA)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A really trained bundle, with the lexical encoder. It is shared: copy it before you change it."""
+    from features.load import save_router
+    from router_ml.logs import log_sha256
+    from training.dataset import build_dataset
+    from training.fit import fit
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    learned = fit(build_dataset(tiny_log, catalog), encoder="lexical")
+    save_router(out, learned.estimator, {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}})
+    return out

@@ -177,12 +177,21 @@ def test_propensities_are_the_frequencies() -> None:
     assert abs(explored / n - 0.3) < 0.01
 
 
-@pytest.mark.parametrize("data_class", ["confidential", "never heard of", "Public", ""])
-def test_an_unknown_data_class_excludes_every_model_not_cleared_for_it(catalog: Catalog, data_class: str) -> None:
+def test_every_reason_is_of_a_kind() -> None:
+    assert kind("something new") == "other"
+    value = choose(P, COST, ALL, 0.3, willingness_to_pay_usd=100.0)
+    assert value.order == (0, 1, 2) and kind(value.reason) == "best_value"
+    assert choose(P, COST, ALL, 0.3, willingness_to_pay_usd=30.0).order == (1, 0, 2)
+
+
+@pytest.mark.parametrize("data_class", ["confidential", "never heard of", "Public", "", None])
+def test_an_unknown_data_class_excludes_every_model_not_cleared_for_it(
+    catalog: Catalog, data_class: str | None
+) -> None:
     request = RouteRequest(messages=(Message("user", "x"),), data_class=data_class)
     constraints = Constraints.compile(catalog, Policy())
     eligible, excluded = constraints.eligible(request, Policy(), np.zeros(4, np.float32), 10)
-    cleared = {"confidential": ["local"], "": list(catalog.ids)}.get(data_class, [])  # "" is none given
+    cleared = {"confidential": ["local"], None: list(catalog.ids)}.get(data_class, [])
     assert [m for m, fine in zip(catalog.ids, eligible, strict=True) if fine] == cleared
     assert all(repr(data_class) in reason for reason in excluded.values())
 

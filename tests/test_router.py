@@ -74,6 +74,15 @@ def test_the_cost_limit_binds_before_the_dial(router: Router) -> None:
     assert decision.excluded == {"frontier": "expected cost is above 0.002 USD"}
 
 
+def test_willingness_to_pay_weighs_what_a_dearer_model_adds(router: Router) -> None:
+    stingy, generous = (router.decide(ask(100, willingness_to_pay_usd=usd, tier="economy")) for usd in (0.0001, 1.0))
+    assert (stingy.model, generous.model) == ("local", "frontier")
+    assert "best value at 1 USD" in generous.reason
+    value = [1.0 * c.p_ok - c.expected_cost_usd for c in generous.candidates]
+    assert value == sorted(value, reverse=True)
+    assert router.decide(ask(100, willingness_to_pay_usd=0.0, tier="premium")).model == "frontier"  # the dial binds
+
+
 def test_no_eligible_model_says_why_for_each(router: Router) -> None:
     with pytest.raises(NoEligibleModelError) as caught:
         router.decide(ask(needs=frozenset({"vision"}), region="eu", candidates=("frontier", "mid", "nobody")))
@@ -95,6 +104,8 @@ def test_no_eligible_model_says_why_for_each(router: Router) -> None:
         {"max_tokens": 10**400},
         {"max_cost_usd": -0.01},
         {"max_cost_usd": math.nan},
+        {"willingness_to_pay_usd": -1.0},
+        {"willingness_to_pay_usd": math.inf},
     ],
 )
 def test_a_dial_or_limit_that_is_not_valid(router: Router, fields: dict[str, object]) -> None:

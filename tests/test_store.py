@@ -73,6 +73,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         tier="premium",
         needs=frozenset({"tools", "json"}),
         max_cost_usd=0.5,
+        willingness_to_pay_usd=0.25,
     )
     made = kept(store, decision(explored=True), of)
     assert store.flush()
@@ -90,6 +91,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "tier": "premium",
         "needs": ["json", "tools"],
         "max_cost_usd": 0.5,
+        "willingness_to_pay_usd": 0.25,
         "candidates": [
             {"model": "mid", "p_ok": 0.75, "expected_cost_usd": 0.002},
             {"model": "frontier", "p_ok": None, "expected_cost_usd": 0.01},

@@ -1,0 +1,105 @@
+"""The router being served: one reference to a frozen object, swapped whole; a failed load keeps the last good one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from router_ml.errors import BundleError, NoEligibleModelError, RouterError
+from router_ml.policy import Policy
+from router_ml.router import Router
+from router_ml.types import Message, RouteRequest
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 30.0  # after a failed load with nothing changed on disk since
+WARM_UP = RouteRequest(messages=(Message("user", "Which of these two numbers is larger, 9.11 or 9.9?"),))
+Signature = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Live:
+    """What one request is answered from; a request takes the reference once and keeps it."""
+
+    router: Router
+    bundle: Path
+    loaded_at: float
+    providers: dict[str, str] = field(repr=False)
+
+
+class LiveRouter:
+    """Holds the `Live` router and follows the bundle's directory (or the link to it) and the policy's file.
+
+    Raises BundleError or InputError when there is no good bundle and policy to begin with.
+    """
+
+    def __init__(self, bundle: Path, policy: Path | None = None) -> None:
+        self.bundle = bundle
+        self.policy = policy
+        self.reloads = 0
+        self.failures = 0
+        self.last_error: str | None = None
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._retry_at = 0.0
+        self.live = self._load(bundle)
+
+    def reload(self, bundle: Path | None = None) -> Live:
+        """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in.
+
+        Blocks for as long as loading takes: call it off the event loop. When it raises BundleError or InputError, the
+        router that was served before still is.
+        """
+        with self._lock:
+            self._seen = self._signature() if bundle is None else self._seen
+            try:
+                live = self._load(bundle or self.bundle)
+            except RouterError as error:
+                self.failures += 1
+                self.last_error = str(error)
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                log.error("kept bundle %s: %s", self.live.router.model_version, error)
+                raise
+            self.live = live
+            self.reloads += 1
+            self.last_error = None
+            log.info("serving bundle %s, policy %s", live.router.model_version, live.router.policy.version)
+            return live
+
+    async def watch(self, seconds: float) -> None:
+        """Reloads whenever the files have changed; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            now = await asyncio.to_thread(self._signature)
+            retry = self.last_error is not None and time.monotonic() >= self._retry_at
+            # No signature: the bundle is being replaced at this moment, or gone.
+            if now and (now != self._seen or retry):
+                with contextlib.suppress(RouterError):
+                    await asyncio.to_thread(self.reload)
+
+    def _load(self, bundle: Path) -> Live:
+        from features.load import load_router  # it imports LightGBM, whose threads are to be set first
+
+        try:
+            target = bundle.resolve()  # once, so that a link that moves meanwhile cannot mix two bundles
+            router = load_router(target, Policy.load(self.policy) if self.policy else None)
+            with contextlib.suppress(NoEligibleModelError):
+                router.decide(WARM_UP)
+        except RouterError:
+            raise
+        except Exception as error:
+            raise BundleError(f"{bundle} cannot be loaded ({type(error).__name__}: {error}): train it again") from error
+        return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog})
+
+    def _signature(self) -> Signature | None:
+        """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
+        try:
+            files = [*sorted(self.bundle.resolve().iterdir()), *([self.policy] if self.policy else [])]
+            stats = [(str(path), path.stat()) for path in files]
+        except OSError:
+            return None
+        return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)

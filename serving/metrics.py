@@ -1,0 +1,101 @@
+"""Prometheus metrics of one app, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from router_ml.policy import Policy
+from router_ml.reasons import kind
+from router_ml.store import Store
+from router_ml.types import RouteDecision, RouteRequest
+from serving.live import LiveRouter
+
+SECONDS = (
+    *(0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0004, 0.0006, 0.001, 0.0015),
+    *(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
+)
+
+
+class Metrics:
+    """What the service counts as it goes; the state of store and bundle is read when the metrics are."""
+
+    def __init__(self, live: LiveRouter, store: Store) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self.registry.register(_State(live, store))
+        self._decisions = Counter(
+            "router_decisions", "Decisions made.", ["model", "tier", "reason"], registry=self.registry
+        )
+        self._excluded = Counter(
+            "router_excluded", "Candidates excluded, by the kind of constraint.", ["constraint"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "router_decision_seconds",
+            "Time to decide, from the parsed body to the decision.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._responses = Counter(
+            "router_responses", "Responses, by path and status.", ["path", "status"], registry=self.registry
+        )
+        self._counters: dict[tuple[object, ...], Counter] = {}
+
+    def decided(self, request: RouteRequest, decision: RouteDecision, policy: Policy, seconds: float) -> None:
+        """Counts a decision that took `seconds`."""
+        tier = "custom" if request.min_probability is not None else request.tier or policy.default_tier
+        self._inc(self._decisions, decision.model, tier, kind(decision.reason))
+        self._seconds.observe(seconds)
+        for reason in decision.excluded.values():
+            self._inc(self._excluded, kind(reason))
+
+    def refused(self, excluded: dict[str, str]) -> None:
+        """Counts the exclusions of a request that no model may serve."""
+        for reason in excluded.values():
+            self._inc(self._excluded, kind(reason))
+
+    def responded(self, path: str, status: int) -> None:
+        """Counts a response."""
+        self._inc(self._responses, path, str(status))
+
+    def expose(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _inc(self, counter: Counter, *labels: str) -> None:
+        # labels() takes a lock and builds a tuple each time; its children never change.
+        key = (counter, *labels)
+        child = self._counters.get(key)
+        if child is None:
+            child = self._counters[key] = counter.labels(*labels)
+        child.inc()
+
+
+class _State:
+    """What the holder and the store know, as metrics."""
+
+    def __init__(self, live: LiveRouter, store: Store) -> None:
+        self.live = live
+        self.store = store
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.live.live
+        info = GaugeMetricFamily(
+            "router_bundle_info", "The bundle and policy served.", labels=["model_version", "policy_version"]
+        )
+        info.add_metric([now.router.model_version, now.router.policy.version], 1)
+        yield info
+        yield GaugeMetricFamily("router_bundle_loaded_timestamp_seconds", "When it was loaded.", now.loaded_at)
+        yield CounterMetricFamily("router_bundle_reloads", "Bundles loaded after the first.", self.live.reloads)
+        yield CounterMetricFamily("router_bundle_reload_failures", "Loads that kept the last good.", self.live.failures)
+        yield GaugeMetricFamily("router_store_queue", "Rows that wait for their commit.", self.store.pending)
+        counted = self.store.counters
+        yield CounterMetricFamily("router_store_decisions", "Decisions committed.", counted.decisions)
+        yield CounterMetricFamily("router_store_outcomes", "Outcomes committed.", counted.outcomes)
+        yield CounterMetricFamily("router_store_dropped", "Rows lost: no room, or not storable.", counted.dropped)
+        yield CounterMetricFamily("router_store_failures", "Commits that the database refused.", counted.failures)

@@ -1,0 +1,116 @@
+"""Errors as RFC 9457 problem details: each says what to change, none quotes what was sent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router_ml.errors import InputError, NoEligibleModelError, RouterError
+from router_ml.store import IdempotencyConflictError, StoreError
+
+log = logging.getLogger(__name__)
+MEDIA_TYPE = "application/problem+json"
+_SHOWN = 20  # errors of one body that are listed
+_TITLES = {
+    "invalid-json": "The body is not JSON",
+    "invalid-request": "The request is not valid",
+    "no-eligible-model": "No model may serve this request",
+    "unauthorized": "An API key is needed",
+    "not-found": "There is nothing here",
+    "method-not-allowed": "This path takes another method",
+    "conflict": "The Idempotency-Key was used for something else",
+    "too-large": "The body is too large",
+    "unsupported-media-type": "The body has to be JSON",
+    "unavailable": "The service cannot do this at the moment",
+    "internal": "The service failed",
+}
+
+
+class ProblemError(Exception):
+    """An error for the caller. `kind` is the stable word that a client may branch on; `extra` adds members."""
+
+    def __init__(
+        self, status: int, kind: str, detail: str, *, headers: dict[str, str] | None = None, **extra: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.headers = headers
+        self.extra = extra
+
+    def response(self) -> Response:
+        """The problem as a response."""
+        content = {
+            "type": f"urn:router-ml:problem:{self.kind}",
+            "title": _TITLES[self.kind],
+            "status": self.status,
+            "detail": self.detail,
+            **self.extra,
+        }
+        return Response(json.dumps(content), self.status, self.headers, MEDIA_TYPE)
+
+
+def problem_of(error: Exception) -> ProblemError:
+    """The problem that an exception is to the caller. What nobody foresaw is logged without its text: it may quote."""
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, ValidationError):
+        return _invalid(error)
+    if isinstance(error, NoEligibleModelError):
+        return ProblemError(422, "no-eligible-model", str(error), excluded=error.excluded)
+    if isinstance(error, InputError):
+        return ProblemError(422, "invalid-request", str(error))
+    if isinstance(error, IdempotencyConflictError):
+        return ProblemError(409, "conflict", str(error))
+    if isinstance(error, StoreError):
+        return ProblemError(503, "unavailable", str(error), headers={"retry-after": "1"})
+    if isinstance(error, RouterError):
+        return ProblemError(503, "unavailable", str(error))
+    where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("%s in the service, at %s", type(error).__name__, " <- ".join(reversed(where)))
+    return ProblemError(500, "internal", "the service's log says where; the request may be sent again")
+
+
+def _invalid(error: ValidationError) -> ProblemError:
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    if errors[0]["type"] == "json_invalid":
+        return ProblemError(400, "invalid-json", f"send one JSON object; {errors[0]['msg']}")
+    listed = [
+        {"field": ".".join(str(part) for part in e["loc"]) or "body", "problem": e["msg"]} for e in errors[:_SHOWN]
+    ]
+    first = f"{listed[0]['field']}: {listed[0]['problem']}"
+    more = f" (and {len(errors) - 1} more, see 'errors')" if len(errors) > 1 else ""
+    return ProblemError(422, "invalid-request", f"{first}{more}", errors=listed)
+
+
+def install(app: FastAPI) -> None:
+    """Makes the framework's own errors (no such path, wrong method, a failure anywhere) problem details, too."""
+
+    async def http_error(_request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 500)
+        headers = dict(getattr(error, "headers", None) or {})
+        if status == 404:
+            known = ", ".join(app.openapi()["paths"])
+            return ProblemError(404, "not-found", f"the paths are {known}", headers=headers).response()
+        if status == 405:
+            allowed = headers.get("Allow") or headers.get("allow", "")
+            return ProblemError(405, "method-not-allowed", f"use {allowed}", headers=headers).response()
+        return ProblemError(
+            status, "invalid-request", "the request cannot be served as it is", headers=headers
+        ).response()
+
+    async def failure(_request: Request, error: Exception) -> Response:
+        return problem_of(error).response()
+
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ProblemError, failure)
+    app.add_exception_handler(Exception, failure)

@@ -1,0 +1,105 @@
+"""How a request gets to its endpoint: the caller's key, a bounded JSON body, the answer written in Rust."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, get_type_hints
+
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, TypeAdapter
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from serving.problems import ProblemError, problem_of
+
+
+class ApiKeys:
+    """The configured keys, by name, as SHA-256. Keys are long random strings, so a plain hash is enough."""
+
+    def __init__(self, hashes: Mapping[str, str]) -> None:
+        self._hashes = [(name, bytes.fromhex(digest)) for name, digest in hashes.items()]
+
+    def caller(self, request: Request) -> str | None:
+        """The name of the key that the request carries; None when no keys are configured. Raises ProblemError (401)."""
+        if not self._hashes:
+            return None
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            given = request.headers.get("x-api-key", "")
+        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()  # the bytes as they came
+        name = None
+        for known, expected in self._hashes:  # every one of them: the time taken says nothing
+            if hmac.compare_digest(digest, expected):
+                name = known
+        if name is None:
+            raise ProblemError(
+                401,
+                "unauthorized",
+                "send a configured key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return name
+
+
+class JsonRoute(APIRoute):
+    """A FastAPI route whose handler goes straight to the endpoint.
+
+    The endpoint is declared and documented as any other, but its body is parsed by pydantic's JSON parser from bytes
+    that were bounded as they came, and its answer is serialized as it is. FastAPI's own handler, which resolves
+    dependencies, parses with `json` and validates answers, takes some 100 us more. No error gets past it.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler: authenticates, reads the body, calls the endpoint, counts the response."""
+        endpoint, path = self.endpoint, self.path
+        hints = get_type_hints(endpoint)
+        body_type: type[BaseModel] | None = hints.get("body")
+        to_json = None if hints["return"] is Response else TypeAdapter(hints["return"]).serializer.to_json
+
+        async def handle(request: Request) -> Response:
+            service = request.app.state.service
+            try:
+                request.scope["caller"] = service.keys.caller(request)
+                if body_type is None:
+                    answer = await endpoint(request)
+                else:
+                    raw = await read_body(request, service.settings.max_body_bytes)
+                    answer = await endpoint(body_type.model_validate_json(raw), request)
+                if to_json is None:
+                    response: Response = answer
+                else:
+                    response = Response(to_json(answer), media_type="application/json")
+            except ClientDisconnect:
+                response = Response(status_code=400)  # nobody reads it
+            except Exception as error:  # noqa: BLE001 (the boundary: a traceback outside could quote the prompt)
+                response = problem_of(error).response()
+            service.metrics.responded(path, response.status_code)
+            return response
+
+        return handle
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, of at most `limit` bytes. Raises ProblemError (413 when it is longer, 415 when it is not JSON)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ProblemError(415, "unsupported-media-type", "send the body with 'content-type: application/json'")
+    too_large = ProblemError(
+        413,
+        "too-large",
+        f"the body may have {limit} bytes: send less of the conversation, or raise the service's limit",
+        headers={"connection": "close"},
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and (len(length) > 18 or int(length) > limit):
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)

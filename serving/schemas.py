@@ -1,0 +1,167 @@
+"""The service's bodies, read and written by pydantic in Rust: models come in, typed dicts go out as they are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from typing_extensions import TypedDict
+
+from router_ml.conversation import request_of
+from router_ml.types import Outcome, RouteRequest
+
+SCHEMA_VERSION = 1
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Amount = Annotated[float, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RouteBody(BaseModel):
+    """An OpenAI chat request, or a plain prompt, with the dial and the constraints beside it.
+
+    OpenAI's other fields (model, temperature, user, …) are accepted and ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    prompt: str | None = Field(None, description="A plain prompt; give this or `messages`.")
+    messages: list[dict[str, Any]] | None = Field(
+        None, max_length=10_000, description="The conversation as OpenAI's chat API takes it, oldest first."
+    )
+    tools: list[dict[str, Any]] | None = Field(None, max_length=1_000, description="Tool definitions; need `tools`.")
+    functions: list[dict[str, Any]] | None = Field(None, max_length=1_000, description="The older form of `tools`.")
+    response_format: dict[str, Any] | None = Field(None, description="A JSON format makes the request need `json`.")
+    max_tokens: Count | None = Field(None, description="Cap of the answer's length; caps the expected cost, too.")
+    max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
+    tier: Name | None = Field(None, description="The dial by name, such as economy, standard, premium.")
+    min_probability: Share | None = Field(None, description="The dial as the least probability of a good answer.")
+    willingness_to_pay_usd: Amount | None = Field(
+        None, description="What an acceptable answer is worth: choose by value among those that meet the dial."
+    )
+    max_cost_usd: Amount | None = Field(None, description="Models expected to cost more are excluded.")
+    candidates: list[Name] | None = Field(None, max_length=1_000, description="Only these models; default all.")
+    data_class: Name | None = Field(None, description="Only models cleared for it; default is the policy's.")
+    region: Name | None = Field(None, description="Only models in this region.")
+    needs: list[Literal["tools", "vision", "json"]] = Field([], max_length=3, description="Capabilities needed.")
+    tenant: Name | None = None
+    task: Name | None = Field(None, description="A tag that the policy's rules may match.")
+    session: Name | None = None
+    request_id: Name | None = Field(None, description="The caller's own id; outcomes may name it.")
+
+    def to_request(self, key: str | None) -> RouteRequest:
+        """The request in the program's own terms, made by the caller whose API key has this name. Raises InputError."""
+        return request_of(
+            prompt=self.prompt,
+            messages=self.messages,
+            tools=[*(self.tools or ()), *(self.functions or ())] or None,
+            response_format=self.response_format,
+            needs=self.needs,
+            max_tokens=self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens,
+            tenant=self.tenant,
+            key=key,
+            task=self.task,
+            session=self.session,
+            request_id=self.request_id,
+            data_class=self.data_class,
+            region=self.region,
+            candidates=None if self.candidates is None else tuple(self.candidates),
+            tier=self.tier,
+            min_probability=self.min_probability,
+            willingness_to_pay_usd=self.willingness_to_pay_usd,
+            max_cost_usd=self.max_cost_usd,
+        )
+
+
+class CandidateAnswer(TypedDict):
+    """A model that may serve the request. Numbers are null where nothing is known."""
+
+    model: str
+    provider: str
+    p_ok: float | None
+    expected_cost_usd: float | None
+
+
+class RouteAnswer(TypedDict):
+    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added."""
+
+    schema_version: int
+    decision_id: str
+    request_id: str | None
+    model: str
+    provider: str
+    p_ok: float | None
+    expected_cost_usd: float | None
+    candidates: list[CandidateAnswer]
+    excluded: dict[str, str]
+    propensity: float
+    explored: bool
+    meets_threshold: bool
+    min_probability: float
+    reason: str
+    model_version: str
+    policy_version: str
+
+
+class OutcomeBody(BaseModel):
+    """What became of a decision; `quality` may come alone, days later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    decision_id: Name | None = None
+    request_id: Name | None = None
+    status: Literal["ok", "error", "timeout", "rate_limited", "cancelled"] = "ok"
+    served_model: Name | None = Field(None, description="The model that answered, where it is not the chosen one.")
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
+    cost_usd: Amount | None = None
+    latency_ms: Amount | None = None
+    retries: Count = 0
+    quality: Share | None = Field(None, description="How good the answer was, 0 to 1.")
+    quality_source: Name | None = Field(None, description="Who says so: user, judge, test, …")
+
+    def to_outcome(self) -> Outcome:
+        """The outcome in the program's own terms."""
+        return Outcome(**self.__dict__)
+
+
+class OutcomeAnswer(TypedDict):
+    """The receipt of a stored outcome; the same for every repetition of it."""
+
+    outcome_id: str
+    decision_id: str | None
+    request_id: str | None
+
+
+class ModelsAnswer(TypedDict):
+    """The catalogue that the router chooses from."""
+
+    model_version: str
+    models: list[dict[str, Any]]
+
+
+class PolicyAnswer(TypedDict):
+    """The policy in force; `version` is the hash of the rest."""
+
+    version: str
+    policy: dict[str, Any]
+
+
+class ReadyAnswer(TypedDict):
+    """What is being served. `degraded` names the parts that do not work while routing goes on."""
+
+    status: Literal["ready"]
+    model_version: str
+    policy_version: str
+    degraded: list[str]
+
+
+class ProblemAnswer(TypedDict, total=False):
+    """RFC 9457 problem details; `errors` lists a body's mistakes, `excluded` says per model why it may not serve."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, str]]
+    excluded: dict[str, str]

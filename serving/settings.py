@@ -1,0 +1,96 @@
+"""What an operator sets before the service starts, and what is refused at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from router_ml.errors import InputError
+
+KEYS_VARIABLE = "ROUTER_ML_API_KEYS"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The service's settings.
+
+    `bundle` is a bundle's directory or a link to one, `policy` a TOML file (None: the default policy); both are
+    followed while the service runs, looked at every `watch_seconds` (0: never). `store` is an SQLAlchemy URL or the
+    path of an SQLite file; decisions are committed within `commit_seconds`, with their prompts if `store_prompts`.
+    `api_keys` maps a key's name to its SHA-256 in hex; with none the service is open, and then only a loopback host is
+    allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
+    Raises InputError for a value out of range, and for a host beyond loopback without keys.
+    """
+
+    bundle: Path
+    policy: Path | None = None
+    store: str = "router-ml.db"
+    store_prompts: bool = False
+    commit_seconds: float = 0.05
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_concurrency: int | None = None
+    watch_seconds: float = 1.0
+    drain_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port {self.port} has to lie in 0..65535")
+        if self.max_body_bytes < 1024:
+            raise InputError("max_body_bytes has to be at least 1024")
+        if min(self.watch_seconds, self.drain_seconds) < 0 or self.commit_seconds <= 0:
+            raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
+        for name, digest in self.api_keys.items():
+            _check_key(name, digest, "api_keys")
+        if not self.api_keys and not is_loopback(self.host):
+            raise InputError(
+                f"{self.host!r} is not a loopback address, and no API keys are configured: anyone who reaches it could "
+                f"use the service. Give a file of key hashes, set {KEYS_VARIABLE}, or bind 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`: 127.0.0.0/8, ::1 or localhost."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_api_keys(path: Path | None, variable: str | None) -> dict[str, str]:
+    """API keys by name, as SHA-256 in hex: from a TOML file, from `NAME=SHA256,…` (the environment variable's form).
+
+    The file has a table per key, `[gateway]` with `sha256 = "…"`; `printf %s "$KEY" | sha256sum` makes the hash.
+    Raises InputError that names the file and the key at fault, and when there is something to read but no key in it.
+    """
+    keys: dict[str, str] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"the file of API keys {path} cannot be read: {error}") from None
+        for name, table in tables.items():
+            if not isinstance(table, Mapping) or set(table) != {"sha256"}:
+                raise InputError(f"{path}: key {name!r} has to be a table with 'sha256' and nothing else")
+            keys[name] = _check_key(name, table["sha256"], str(path))
+    for entry in filter(None, (variable or "").split(",")):
+        name, _, digest = entry.strip().partition("=")
+        keys[name] = _check_key(name, digest, KEYS_VARIABLE)
+    if not keys and (path is not None or variable):
+        raise InputError(f"{path or KEYS_VARIABLE} holds no API keys: add one, or leave it out")
+    return keys
+
+
+def _check_key(name: str, digest: object, source: str) -> str:
+    if not name or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise InputError(
+            f'{source}: key {name!r} needs its SHA-256 in 64 lower-case hex digits: printf %s "$KEY" | sha256sum'
+        )
+    return digest
