@@ -11,6 +11,8 @@ Array = npt.NDArray[np.float64]
 PRIOR_ROWS = 100.0
 """A model's own scaling counts as much as the pooled one at this many rows."""
 _LARGEST_WEIGHT = 20.0
+_LEAST_EVIDENCE = 3.0
+_MEAN_PRIOR = 10.0
 
 
 def calibrate(
@@ -20,27 +22,45 @@ def calibrate(
 
     `score` and `label` are [n, m], NaN labels are unknown. `weight` [n, m] is 1 / propensity where the log has it, so
     that requests which the logging policy sent elsewhere count too; it is capped at 20 times its least value. Models
-    with few rows keep close to the pooled scaling, a model with none has exactly that.
+    with few rows keep close to the pooled scaling, a model with none has exactly that. Scores that out of fold do not
+    predict the labels (less than 3 standard errors of evidence) are not used: each model then has its own mean, so
+    that a router which has learnt nothing claims nothing.
     """
     known = ~np.isnan(label)
     x = logit(np.asarray(score))
     w = np.ones_like(x) if weight is None else np.where(np.isnan(weight), 1.0, weight)
-    if known.any():
-        w = np.minimum(w, _LARGEST_WEIGHT * w[known].min())
-    pooled = _fit(x[known], label[known], w[known], np.array([1.0, 0.0]), prior=1.0)
+    w = np.minimum(w, _LARGEST_WEIGHT * w[known].min())
+    w = w / w[known].mean()
+    y = np.where(known, label, 0.0).astype(np.float64)
+    pooled = _fit(x[known], y[known], w[known], np.array([1.0, 0.0]), prior=1.0)
+    m = x.shape[1]
+    used = np.where(known, w, 0.0)
+    n, ones = used.sum(axis=0), (used * y).sum(axis=0)
+    means = (ones + _MEAN_PRIOR * ones.sum() / n.sum()) / (n + _MEAN_PRIOR)
+    if _evidence(x, y, used) < _LEAST_EVIDENCE:
+        return Calibration(np.zeros(m), logit(means))
     scalings = [
-        _fit(x[at, j], label[at, j], w[at, j], pooled, prior=PRIOR_ROWS) if (at := known[:, j]).any() else pooled
-        for j in range(x.shape[1])
+        _fit(x[at, j], y[at, j], w[at, j], pooled, prior=PRIOR_ROWS) if (at := known[:, j]).any() else pooled
+        for j in range(m)
     ]
     slope, intercept = np.array(scalings).T
-    return Calibration(np.maximum(slope, 0.05), intercept)
+    return Calibration(np.maximum(slope, 0.0), intercept)
 
 
-def _fit(x: Array, y: npt.NDArray[np.floating], w: Array, prior_mean: Array, *, prior: float) -> Array:
+def _evidence(x: Array, y: Array, w: Array) -> float:
+    """Do the scores order a model's requests? Score test of the slope within models, in standard errors.
+
+    A request's outcomes on several models are one cluster (Liang & Zeger 1986), because what is hard for one model
+    tends to be hard for all. Arrays [n, m], weight 0 where unknown.
+    """
+    n = np.maximum(w.sum(axis=0), 1e-12)
+    within = w * (x - (w * x).sum(axis=0) / n) * (y - (w * y).sum(axis=0) / n)
+    per_request = within.sum(axis=1)
+    return float(per_request.sum() / max(np.sqrt((per_request**2).sum()), 1e-12))
+
+
+def _fit(x: Array, y: Array, w: Array, prior_mean: Array, *, prior: float) -> Array:
     """Newton's method on the penalised log-likelihood; the prior is worth `prior` rows of average information."""
-    if not len(x):
-        return prior_mean
-    w = w / w.mean()
     design = np.stack([x, np.ones_like(x)], axis=1)
     # A row's information is at most 1/4; the slope's is measured in the spread of the scores.
     precision = prior * 0.25 * np.diag([max(float(np.mean(x**2)), 0.1), 1.0])

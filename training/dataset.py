@@ -22,10 +22,11 @@ class Dataset:
 
     `quality`, `output_tokens` and `propensity` are float32 [n, m] with NaN where the log has nothing; `input_tokens`
     is float32 [n]. Requests that share a `group` [n] (a session, or the same text) never fall on both sides of a split.
-    Rows are in order of first arrival.
+    Rows are in order of first arrival; `ids` are the request ids of those first arrivals.
     """
 
     catalog: Catalog
+    ids: list[str]
     requests: list[RouteRequest]
     quality: Matrix
     output_tokens: Matrix
@@ -49,6 +50,7 @@ class Dataset:
         """The data set restricted to some rows."""
         return Dataset(
             self.catalog,
+            [self.ids[i] for i in rows],
             [self.requests[i] for i in rows],
             self.quality[rows],
             self.output_tokens[rows],
@@ -75,7 +77,7 @@ def build_dataset(log: pl.DataFrame, catalog: Catalog) -> Dataset:
         )
     usable = usable.with_columns(pl.struct(text).rank("dense").alias("_content"))
     first = usable.group_by("_content", maintain_order=True).agg(
-        *(pl.col(c).first() for c in [*text, "session", "task", "tenant"]), pl.col("input_tokens").mean()
+        *(pl.col(c).first() for c in ["request_id", *text, "session"]), pl.col("input_tokens").mean()
     )
     first = first.with_row_index("_row")
     cells = (
@@ -107,6 +109,7 @@ def build_dataset(log: pl.DataFrame, catalog: Catalog) -> Dataset:
     ]
     return Dataset(
         catalog,
+        first["request_id"].to_list(),
         requests,
         matrix("quality"),
         matrix("output_tokens"),

@@ -87,7 +87,8 @@ def import_outcomes(
 
     A model without a published outcome is no candidate for that prompt. Input tokens are a quarter of the prompt's
     characters, rounded up, plus `preamble_tokens`; the cost is the file's, else tokens times the catalogue's price,
-    else absent. Times are synthetic: one prompt a second from `START`, in the file's order. The log's catalogue lists
+    else absent. Times are synthetic: one prompt a second from `START`, in an order
+    drawn under `seed`. The log's catalogue lists
     the matrix's models only. `progress` is called with the number of log rows written. Raises InputError as
     `read_matrix` and `LogWriter` do.
     """
@@ -108,11 +109,15 @@ def import_outcomes(
         writer.catalog = catalog.subset(list(matrix.models))
         writer.set_aside(matrix.rejects)
         propensities = logging_propensities(matrix.quality, logging)
+        rng = np.random.default_rng(seed)
+        # A matrix is often sorted by subject: without a drawn order a split by time would be a split by subject.
+        arrival = rng.permutation(len(matrix))
         if logging == "full":
-            rows, models = np.nonzero(propensities)
+            position, models = np.nonzero(propensities[arrival])
+            rows = arrival[position]
         else:
-            rows, models = np.arange(len(matrix)), draw_models(propensities, np.random.default_rng(seed))
-        columns = _prompt_columns(matrix, preamble_tokens)
+            rows, models = arrival, draw_models(propensities[arrival], rng)
+        columns = _prompt_columns(matrix, preamble_tokens, np.argsort(arrival))
         for at in range(0, len(rows), _CHUNK_ROWS):
             some, which = rows[at : at + _CHUNK_ROWS], models[at : at + _CHUNK_ROWS]
             log = _log_rows(matrix, writer.catalog, columns[some], some, which, propensities[some, which])
@@ -129,7 +134,7 @@ def import_outcomes(
     return writer.summary
 
 
-def _prompt_columns(matrix: OutcomeMatrix, preamble_tokens: int) -> pl.DataFrame:
+def _prompt_columns(matrix: OutcomeMatrix, preamble_tokens: int, second: npt.NDArray[np.int64]) -> pl.DataFrame:
     known = ~np.isnan(matrix.quality)
     sets, which = np.unique(known, axis=0, return_inverse=True)
     names = np.array(matrix.models)
@@ -143,7 +148,7 @@ def _prompt_columns(matrix: OutcomeMatrix, preamble_tokens: int) -> pl.DataFrame
             **{name: pl.Series(values, dtype=pl.String) for name, values in optional.items() if values is not None},
         }
     ).with_columns(
-        time=pl.lit(START, LOG_SCHEMA["time"]) + pl.duration(seconds=pl.int_range(pl.len())),
+        time=pl.lit(START, LOG_SCHEMA["time"]) + pl.duration(seconds=pl.lit(pl.Series(second))),
         input_tokens=-(-pl.col("prompt").str.len_chars().cast(pl.Int64) // CHARS_PER_TOKEN) + preamble_tokens,
     )
 

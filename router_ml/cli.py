@@ -1,0 +1,291 @@
+"""The `router-ml` command: the front door, which opens each room only when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router_ml import __version__
+from router_ml.errors import RouterError
+
+if TYPE_CHECKING:
+    from router_ml.logs import LogSummary
+
+PathArg = click.Path(path_type=Path)
+ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
+TRACKING = click.option(
+    "--tracking-uri",
+    default="sqlite:///mlflow.db",
+    show_default=True,
+    envvar="MLFLOW_TRACKING_URI",
+    help="MLflow's store.",
+)
+
+
+class _Commands(click.Group):
+    """Turns the project's own errors into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RouterError as error:
+            excluded = "".join(f"\n  {m}: {why}" for m, why in getattr(error, "excluded", {}).items())
+            click.echo(f"router-ml: {error}{excluded}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            click.echo(
+                f"router-ml: this command needs the package {error.name!r}: install router-ml[train] (or [serve])",
+                err=True,
+            )
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="router-ml")
+def main() -> None:
+    """Learn from logged outcomes which model is the cheapest that is likely good enough, and serve the decision."""
+
+
+@main.group("import")
+def import_() -> None:
+    """Bring outcomes from elsewhere into a request log."""
+
+
+@import_.command("outcomes")
+@click.argument("file", type=ExistingFile)
+@click.option("--catalog", required=True, type=ExistingFile, help="Model cards, JSON.")
+@click.option("--logging", type=click.Choice(["full", "uniform", "mostly-best"]), default="full", show_default=True)
+@click.option("--out", required=True, type=PathArg, help="The log directory to write.")
+@click.option("--split", help="Only rows whose column 'split' has this value.")
+@click.option(
+    "--preamble-tokens", default=0, show_default=True, help="Input tokens that each prompt has beside its text."
+)
+@click.option(
+    "--max-reject-share", default=0.05, show_default=True, help="Past this share of bad rows nothing is written."
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing log.")
+def import_outcomes(
+    file: Path, catalog: Path, logging: Any, out: Path, split: str | None, preamble_tokens: int,
+    max_reject_share: float, seed: int, overwrite: bool,
+) -> None:  # fmt: skip
+    """Turn an outcome matrix FILE (a row a prompt, columns correct/MODEL or quality/MODEL) into a log.
+
+    Example: router-ml import outcomes mmlu_pro.parquet --catalog catalog.json --logging uniform --out logs
+    """
+    from router_ml.catalog import Catalog
+    from training import outcomes
+
+    with _bar("rows") as rows:
+        summary = outcomes.import_outcomes(
+            file, Catalog.load(catalog), logging=logging, out=out, split=split, preamble_tokens=preamble_tokens,
+            max_reject_share=max_reject_share, seed=seed, overwrite=overwrite, progress=rows,
+        )  # fmt: skip
+    _say_log(summary, out)
+
+
+@main.command()
+@click.option("--rows", default=20_000, show_default=True, help="Requests to simulate.")
+@click.option("--out", required=True, type=PathArg, help="The log directory to write; its truth goes to OUT/truth.")
+@click.option("--logging", type=click.Choice(["full", "uniform", "mostly-best"]), default="uniform", show_default=True)
+@click.option("--feedback-rate", default=0.6, show_default=True, help="Share of good answers that get feedback.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing log.")
+def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int, overwrite: bool) -> None:
+    """Write a log of simulated traffic whose true qualities are known, and its catalogue beside it.
+
+    Example: router-ml simulate --rows 20000 --out logs
+    """
+    from training.simulate import simulate as run
+
+    with _bar("requests", rows) as done:
+        summary = run(
+            rows, out, seed=seed, logging=logging, feedback_rate=feedback_rate, overwrite=overwrite, progress=done
+        )
+    _say_log(summary, out)
+
+
+@main.command()
+@click.option("--logs", required=True, type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
+@click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory has its own.")
+@click.option(
+    "--quality-threshold", default=0.5, show_default=True, help="From this quality on an answer is acceptable."
+)
+@click.option("--encoder", default="static", show_default=True, help="static (distilled from MiniLM) or lexical.")
+@click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
+@click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
+@click.option("--register", "name", help="Register the bundle in MLflow under this name.")
+@click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
+@TRACKING
+def train(
+    logs: Path, catalog: Path | None, quality_threshold: float, encoder: str, encoder_model: str | None, holdout: float,
+    seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
+) -> None:  # fmt: skip
+    """Learn a router from a log and write it as a bundle.
+
+    Example: router-ml train --logs logs --out bundle --register router
+    """
+    from router_ml.catalog import Catalog
+    from router_ml.logs import read_log_info
+    from training.train import train as run
+
+    cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
+    with _stages() as report:
+        made = run(
+            logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,
+            holdout=holdout, seed=seed, report=report,
+        )  # fmt: skip
+    click.echo(f"bundle {made.version} in {out}")
+    click.echo(json.dumps(made.metrics, indent=1))
+    if name:
+        from training.report import publish
+
+        version = publish(made, out, tracking_uri=tracking_uri, name=name, alias=alias)
+        click.echo(f"registered as {version.name} version {version.version}, alias {version.alias} ({tracking_uri})")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("version")
+@TRACKING
+def promote(name: str, version: str, tracking_uri: str) -> None:
+    """Make VERSION of the registered router NAME the champion; the one before stays under the alias previous.
+
+    Example: router-ml promote router 3
+    """
+    from router_ml import registry
+
+    moved = registry.promote(tracking_uri, name, version)
+    click.echo(f"{moved.name} version {moved.version} is now {moved.alias}")
+
+
+@main.command()
+@click.option("--bundle", type=PathArg, help="A bundle directory.")
+@click.option("--model", help="A registered router instead, as NAME@ALIAS; it is copied to --cache.")
+@click.option("--cache", type=PathArg, default=Path("serving-bundle"), show_default=True)
+@click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
+@click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
+@click.option("--store-prompts", is_flag=True, help="Keep prompts with the decisions, so that they can be trained on.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@click.option("--api-keys", type=ExistingFile, help="TOML file of key names and the SHA-256 of their keys.")
+@TRACKING
+def serve(
+    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: bool,
+    host: str, port: int, api_keys: Path | None, tracking_uri: str,
+) -> None:  # fmt: skip
+    """Serve routing decisions at POST /route.
+
+    Example: router-ml serve --bundle bundle --port 8000
+    """
+    from serving.settings import KEYS_VARIABLE, Settings, read_api_keys
+
+    if (bundle is None) == (model is None):
+        raise click.UsageError("give either --bundle DIRECTORY or --model NAME@ALIAS")
+    if model is not None:
+        from router_ml import registry
+
+        name, _, alias = model.partition("@")
+        version = registry.resolve(tracking_uri, name, alias or registry.CHAMPION)
+        bundle = registry.download(tracking_uri, name, version.version, cache)
+    assert bundle is not None
+    settings = Settings(
+        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, host=host, port=port,
+        api_keys=read_api_keys(api_keys, KEYS_VARIABLE),
+    )  # fmt: skip
+    from serving.app import serve as run
+
+    run(settings)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--bundle", required=True, type=PathArg, help="A bundle directory.")
+@click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
+@click.option("--min-probability", type=float, help="The dial: least probability of an acceptable answer.")
+@click.option("--tier", help="The dial by name.")
+@click.option("--max-cost-usd", type=float, help="Exclude models that are expected to cost more.")
+def route(
+    prompt: str, bundle: Path, policy: Path | None, min_probability: float | None, tier: str | None,
+    max_cost_usd: float | None,
+) -> None:  # fmt: skip
+    """Route one PROMPT and print the decision as JSON.
+
+    Example: router-ml route "What is 2 + 2?" --bundle bundle --tier economy
+    """
+    import dataclasses
+
+    from features.load import load_router
+    from router_ml.conversation import request_of
+    from router_ml.policy import Policy
+
+    router = load_router(bundle, Policy.load(policy) if policy else None)
+    request = request_of(prompt=prompt, min_probability=min_probability, tier=tier, max_cost_usd=max_cost_usd)
+    click.echo(json.dumps(dataclasses.asdict(router.decide(request)), indent=1))
+
+
+@main.command()
+@click.option("--data", type=ExistingFile, help="An outcome matrix of your own; otherwise traffic is simulated.")
+@click.option("--catalog", type=ExistingFile, help="Its model cards; catalog.json beside the data by default.")
+@click.option("--out", type=PathArg, default=Path("demo"), show_default=True, help="Where everything is written.")
+@click.option("--rows", default=20_000, show_default=True, help="Requests to simulate without --data.")
+@click.option("--encoder", default="static", show_default=True)
+def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder: str) -> None:
+    """Show the whole path: log, training, MLflow, service, and requests routed over HTTP.
+
+    Example: router-ml demo --data outcomes.parquet
+    """
+    from training.demo import run
+
+    run(data=data, catalog=catalog, out=out, rows=rows, encoder=encoder)
+
+
+@contextmanager
+def _bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, told of the number done so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:  # fmt: skip
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as progress:
+
+        def report(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0)
+            progress.update(tasks[stage], completed=share)
+
+        yield report
+
+
+def _say_log(summary: LogSummary, out: Path) -> None:
+    click.echo(f"{summary.rows} rows in {out}, {summary.rejected} set aside")
+    for reason, count in sorted(summary.reject_reasons.items(), key=lambda item: -item[1]):
+        click.echo(f"  {count} x {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The whole path in a few minutes: a log, a trained router in MLflow, a running service, requests routed over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from features.text import request_text
+from router_ml import registry
+from router_ml.catalog import Catalog
+from router_ml.errors import InputError, RouterError
+from router_ml.logs import read_log_info
+from training.evaluate import Frontier, cost_at, frontier
+from training.outcomes import import_outcomes
+from training.report import plot_frontier, publish
+from training.simulate import simulate, true_quality
+from training.train import Training, expected_costs, realised_cost, train
+
+NAME = "router"
+SHOWN = 10
+_MARKER = ".router-ml-demo"
+
+
+def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encoder: str) -> None:
+    """Runs the demo and leaves everything in `out`: log, bundle, MLflow's store, decisions, `frontier.png`.
+
+    Raises InputError when `out` holds something else, and whatever the steps raise.
+    """
+    console = Console()
+    if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
+        raise InputError(f"{out} is not an earlier demo's folder: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARKER).touch()
+    started = time.perf_counter()
+
+    console.rule("1  the log")
+    with _progress() as report:
+        if data is not None:
+            cards = catalog or data.parent / "catalog.json"
+            if not cards.is_file():
+                raise InputError(f"{data} needs model cards: give --catalog FILE, or put catalog.json beside it")
+            report("import", 0.0)
+            summary = import_outcomes(data, Catalog.load(cards), out=out / "log", logging="full")
+            report("import", 1.0)
+        else:
+            summary = simulate(rows, out / "log", progress=lambda done: report("simulate", done / rows))
+    console.print(
+        f"{summary.rows} rows of {data or 'simulated traffic'} in {out / 'log'}, {summary.rejected} set aside"
+    )
+
+    console.rule("2  learn, judge on the newest requests, register")
+    cards_of_log = Catalog.from_json(read_log_info(out / "log")["catalog"])
+    with _progress() as report:
+        made = train(out / "log", cards_of_log, out=out / "bundle", encoder=encoder, report=report)
+    held = made.metrics["held_out"]
+    console.print(
+        f"bundle {made.version}: {made.metrics['train_outcomes']} outcomes of {made.metrics['train_requests']} "
+        f"requests; on {made.metrics['held_out_requests']} newer ones AUC {held['auc']:.3f}, calibration error {held['ece']:.3f}"
+    )
+    uri = f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    with console.status("registering in MLflow"):
+        version = publish(made, out / "bundle", tracking_uri=uri, name=NAME, alias="challenger")
+        champion = registry.promote(uri, NAME, version.version)
+    console.print(f"registered in MLflow as {NAME} version {version.version}, promoted to {champion.alias}")
+
+    console.rule("3  serve and route")
+    with _service(out, uri, console) as url:
+        _route_some(made, url, console)
+
+    console.rule("4  the frontier")
+    _show_frontier(made, out, console, simulated=data is None)
+    console.print(f"done in {time.perf_counter() - started:.0f} s; everything is in {out}")
+
+
+def _route_some(made: Training, url: str, console: Console) -> None:
+    """Sends held-out requests, easy and hard ones, and compares with always using the best model."""
+    held, catalog = made.held_out, made.held_out.catalog
+    p_ok, _ = made.judged
+    best = int(np.argmax(p_ok.mean(axis=0)))
+    # From the easiest to the hardest for the best model, evenly: what the service answers is not looked at here.
+    by_ease = np.argsort(-p_ok[:, best], kind="stable")
+    picked = by_ease[np.linspace(0, len(by_ease) - 1, SHOWN).astype(int)]
+    table = Table(
+        "request", "chosen model", "P(ok)", "cost, USD", "why", f"always {catalog.ids[best]}, USD", show_lines=True
+    )
+    spent, always = 0.0, 0.0
+    for i in picked:
+        request = held.requests[int(i)]
+        answer = _post(f"{url}/route", {"messages": [{"role": m.role, "content": m.text} for m in request.messages]})
+        costs = {c["model"]: c["expected_cost_usd"] for c in answer["candidates"]}
+        first = answer["candidates"][0]
+        reference = costs.get(catalog.ids[best])
+        if reference is None:
+            raise RouterError(f"the service left {catalog.ids[best]} out: {answer['excluded']}")
+        spent, always = spent + first["expected_cost_usd"], always + reference
+        text = " ".join(request_text(request).split())
+        table.add_row(
+            text[:70] + ("…" if len(text) > 70 else ""), answer["model"], f"{first['p_ok']:.2f}",
+            f"{first['expected_cost_usd']:.6f}", answer["reason"], f"{reference:.6f}",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("together", "", "", f"{spent:.6f}", f"{spent / always:.0%} of always the best", f"{always:.6f}")
+    console.print(table)
+
+
+def _show_frontier(made: Training, out: Path, console: Console, *, simulated: bool) -> None:
+    found = _true_frontier(made, out) if simulated else _held_out_frontier(made)
+    if found is None:
+        console.print("no frontier: the held-out requests have not every model's outcome and cost")
+        return
+    front, cost, quality = found
+    catalog = made.held_out.catalog
+    best = int(quality.mean(axis=0).argmax())
+    plot_frontier(front, cost.mean(axis=0), quality.mean(axis=0), catalog.ids, out / "frontier.png")
+    table = Table(
+        "share of the best model's quality",
+        "cost, share of the best model's",
+        title=f"against always {catalog.ids[best]}",
+    )
+    for share, least in cost_at(front, cost, quality).items():
+        table.add_row(f"{float(share):.0%}", f"{least:.1%}")
+    console.print(table)
+    console.print(
+        f"{'true qualities of the simulation' if simulated else 'held-out outcomes'}; plot: {out / 'frontier.png'}"
+    )
+
+
+def _held_out_frontier(made: Training) -> tuple[Frontier, np.ndarray, np.ndarray] | None:
+    if made.frontier is None:
+        return None
+    return made.frontier, realised_cost(made.held_out), made.held_out.quality
+
+
+def _true_frontier(made: Training, out: Path) -> tuple[Frontier, np.ndarray, np.ndarray]:
+    """The log has one outcome a request; the simulation knows what every model would have done."""
+    held = made.held_out
+    truth = true_quality(out / "log", held.ids)
+    quality = truth.select([f"p/{m}" for m in held.catalog.ids]).to_numpy()
+    cost = truth.select([f"cost_usd/{m}" for m in held.catalog.ids]).to_numpy()
+    estimates = made.fit.estimator.estimate_many(held.requests)
+    return frontier(made.judged[0], expected_costs(estimates, held.catalog), cost, quality), cost, quality
+
+
+@contextmanager
+def _service(out: Path, uri: str, console: Console) -> Iterator[str]:
+    """The real service in a process of its own, on a free port of the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (out / "service.log").open("wb")
+    command = [
+        sys.executable, "-m", "router_ml.cli", "serve", "--model", f"{NAME}@{registry.CHAMPION}", "--tracking-uri", uri,
+        "--cache", str(out / "serving-bundle"), "--store", str(out / "decisions.db"), "--port", str(port),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with console.status("starting the service"):
+            _wait_ready(url, process, out / "service.log")
+        console.print(f"service at {url}, decisions in {out / 'decisions.db'}")
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log.close()
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.1)
+    raise RouterError(f"the service did not become ready; its last words, from {log}:\n{log.read_text()[-1000:]}")
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            decoded: dict[str, Any] = json.load(answer)
+            return decoded
+    except urllib.error.HTTPError as error:
+        raise RouterError(f"the service answered {error.code}: {error.read().decode()[:500]}") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    tasks: dict[str, TaskID] = {}
+    with Progress(TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn()) as progress:
+
+        def report(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0)
+            progress.update(tasks[stage], completed=share)
+
+        yield report

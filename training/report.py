@@ -1,0 +1,96 @@
+"""What a training run shows: plots, and its place in the registry."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from router_ml import registry
+from router_ml.errors import RegistryError
+from router_ml.registry import ModelVersion
+from training.evaluate import Frontier
+from training.tracking import register_bundle
+from training.train import Training, realised_cost
+
+Array = npt.NDArray[np.floating]
+
+
+def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias: str | None = None) -> ModelVersion:
+    """Registers a trained bundle in MLflow with its parameters, metrics and plots.
+
+    Without an `alias` the first version becomes the champion and each later one the challenger. Raises RegistryError.
+    """
+    registry.ensure_store(tracking_uri)
+    if alias is None:
+        try:
+            registry.resolve(tracking_uri, name, registry.CHAMPION)
+            alias = "challenger"
+        except RegistryError:
+            alias = registry.CHAMPION
+    with tempfile.TemporaryDirectory() as folder:
+        plots = [plot_calibration(made, Path(folder) / "calibration.png")]
+        if made.frontier is not None:
+            plots.append(
+                plot_frontier(
+                    made.frontier,
+                    realised_cost(made.held_out).mean(axis=0),
+                    made.held_out.quality.mean(axis=0),
+                    made.held_out.catalog.ids,
+                    Path(folder) / "frontier.png",
+                )
+            )
+        return register_bundle(
+            bundle,
+            tracking_uri=tracking_uri,
+            name=name,
+            params=made.params,
+            metrics=made.metrics,
+            plots=plots,
+            alias=alias,
+        )
+
+
+def plot_frontier(
+    front: Frontier, single_cost: Array, single_quality: Array, models: tuple[str, ...], to: Path
+) -> Path:
+    """Quality against mean cost a request: the router's settings and each single model; costs and qualities are [m]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    order = np.argsort(front.cost_usd)
+    axes.plot(front.cost_usd[order] * 1000, front.quality[order], label="router, by willingness to pay")
+    axes.plot(single_cost * 1000, single_quality, "o", color="tab:gray", label="single models")
+    for x, y, model in zip(single_cost * 1000, single_quality, models, strict=True):
+        axes.annotate(model, (float(x), float(y)), fontsize=7, xytext=(4, -8), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("mean cost, USD per 1,000 requests")
+    axes.set_ylabel("share of acceptable answers")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(to, dpi=120)
+    return to
+
+
+def plot_calibration(made: Training, to: Path) -> Path:
+    """Promised against realised probability in ten equal-mass bins per model, on held-out rows (else out of fold)."""
+    from matplotlib.figure import Figure
+
+    p_ok, labels = made.judged
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="tab:gray", linewidth=1)
+    for j, model in enumerate(made.held_out.catalog.ids):
+        known = np.flatnonzero(~np.isnan(labels[:, j]))
+        if len(known) < 20:
+            continue
+        bins = np.array_split(known[np.argsort(p_ok[known, j], kind="stable")], 10)
+        axes.plot([p_ok[b, j].mean() for b in bins], [labels[b, j].mean() for b in bins], ".-", label=model)
+    axes.set_xlabel("promised probability of an acceptable answer")
+    axes.set_ylabel("realised share")
+    axes.legend(fontsize=6)
+    figure.savefig(to, dpi=120)
+    return to

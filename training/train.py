@@ -1,0 +1,110 @@
+"""From a log to a bundle: split by time, fit, judge on the newest requests, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from features.load import save_router
+from router_ml.catalog import Catalog
+from router_ml.errors import InputError
+from router_ml.logs import log_sha256, read_log
+from router_ml.types import Estimate
+from training.dataset import Dataset, build_dataset, split_by_time
+from training.encoders import ENCODERS
+from training.evaluate import Frontier, cost_at, frontier, scores
+from training.fit import Fit, Report, fit
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `train` made.
+
+    `judged` holds p_ok and labels [n, m] of the held-out requests, or of the training requests out of fold where none
+    are held out. `frontier` is there only where the held-out rows have every model's outcome and cost.
+    """
+
+    fit: Fit
+    version: str
+    params: dict[str, Any]
+    metrics: dict[str, Any]
+    held_out: Dataset
+    judged: tuple[np.ndarray, np.ndarray]
+    frontier: Frontier | None
+
+
+def train(
+    logs: str | Path | pl.DataFrame,
+    catalog: Catalog,
+    *,
+    out: str | Path,
+    threshold: float = 0.5,
+    encoder: str = "static",
+    encoder_model: str | None = None,
+    holdout: float = 0.2,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Training:
+    """Trains on a log's older requests, judges on its newest `holdout` share, and writes the bundle to `out`.
+
+    The same log, options and machine give the same bytes. The bundle holds the model that was judged: the held-out
+    requests do not enter it. With `holdout` 0 every request is trained on and the metrics are out of fold.
+    Raises InputError when an option or the log is not fit for it.
+    """
+    if not 0.0 <= holdout < 1.0:
+        raise InputError(f"--holdout {holdout} has to lie in [0, 1)")
+    if not 0.0 < threshold <= 1.0:
+        raise InputError(f"--quality-threshold {threshold} has to lie in (0, 1]")
+    if encoder not in ENCODERS:
+        raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
+    frame = logs if isinstance(logs, pl.DataFrame) else read_log(logs)
+    present = set(frame["model"].unique().to_list())
+    catalog = catalog.subset([model for model in catalog.ids if model in present] or list(catalog.ids))
+    data = build_dataset(frame, catalog)
+    older, newest = split_by_time(data, holdout)
+    made = fit(
+        data.take(older), threshold=threshold, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report
+    )
+    held_out = data.take(newest)
+    judged = made.out_of_fold, data.take(older).labels(threshold)
+    metrics: dict[str, Any] = {
+        "train_requests": len(older),
+        "train_outcomes": int(data.observed[older].sum()),
+        "held_out_requests": len(newest),
+        "rounds": made.rounds,
+        "out_of_fold": scores(*judged),
+    }
+    front = None
+    if len(newest):
+        estimates = made.estimator.estimate_many(held_out.requests)
+        judged = np.stack([e.p_ok for e in estimates]), held_out.labels(threshold)
+        metrics["held_out"] = scores(*judged)
+        cost = realised_cost(held_out)
+        if held_out.observed.all() and not np.isnan(cost).any():
+            front = frontier(judged[0], expected_costs(estimates, catalog), cost, held_out.quality)
+            metrics["held_out"]["cost_at"] = cost_at(front, cost, held_out.quality)
+    params: dict[str, Any] = {
+        "quality_threshold": threshold,
+        "encoder": encoder,
+        "holdout": holdout,
+        "seed": seed,
+    }
+    sha = log_sha256(frame)
+    version = save_router(out, made.estimator, {**params, "metrics": metrics, "log_sha256": sha})
+    return Training(made, version, params, metrics, held_out, judged, front)
+
+
+def realised_cost(data: Dataset) -> np.ndarray:
+    """What each model's answer cost in USD by the log's token counts and the catalogue's prices, float64 [n, m]."""
+    tokens_in = data.input_tokens[:, None].astype(np.float64)
+    return tokens_in * data.catalog.input_price + data.output_tokens.astype(np.float64) * data.catalog.output_price
+
+
+def expected_costs(estimates: Sequence[Estimate], catalog: Catalog) -> np.ndarray:
+    """Expected cost in USD per request and model, float32 [n, m]."""
+    return np.stack([e.input_tokens * catalog.input_price + e.output_tokens * catalog.output_price for e in estimates])
