@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from router_ml.errors import InputError, RouterError
 from router_ml.router import new_id
 from router_ml.stored import counts, log_rows, pages
-from router_ml.tables import DECISIONS, OUTCOMES, decision_row, insert_new, open_database
+from router_ml.tables import DECISIONS, OUTCOMES, decision_row, insert_decisions, insert_new, open_database
 from router_ml.types import STATUSES, Outcome, RouteDecision, RouteRequest
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 if decisions:
-                    connection.execute(insert_new(self._engine, DECISIONS), decisions)
+                    insert_decisions(connection, decisions)
                 stored = self._store_outcomes(connection, [p.row for p in outcomes]) if outcomes else {}
         except Exception as error:
             if not _is_bad_row(error):
@@ -286,7 +286,7 @@ class Store:
         first: dict[str, dict[str, Any]] = {}
         for row in rows:
             first.setdefault(row["idempotency_key"], row)
-        connection.execute(insert_new(self._engine, OUTCOMES), list(first.values()))
+        connection.execute(insert_new(connection.dialect, OUTCOMES), list(first.values()))
         columns = (OUTCOMES.c.idempotency_key, OUTCOMES.c.outcome_id, OUTCOMES.c.digest)
         found = connection.execute(sa.select(*columns).where(OUTCOMES.c.idempotency_key.in_(first)))
         return {unique: (outcome_id, digest) for unique, outcome_id, digest in found}

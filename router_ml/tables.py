@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sqlite3
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from router_ml.errors import InputError
-from router_ml.types import RouteDecision, RouteRequest
+from router_ml.types import Candidate, RouteDecision, RouteRequest
 
 SCHEMA_VERSION = "1"
+_dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 METADATA = sa.MetaData()
 INFO = sa.Table("store_info", METADATA, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String))
 DECISIONS = sa.Table(
@@ -75,12 +78,11 @@ def open_database(url: str) -> sa.Engine:
     name = parsed.render_as_string(hide_password=True)
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise InputError("the store needs a file: an SQLite database in memory is gone with the process")
-    dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
     try:
         if parsed.get_backend_name() == "sqlite":
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
         # Without hide_parameters an error's text would hold the row, and so the prompt.
-        engine = sa.create_engine(parsed, json_serializer=dump, hide_parameters=True)
+        engine = sa.create_engine(parsed, hide_parameters=True)
         if engine.dialect.name not in ("sqlite", "postgresql"):
             raise InputError(f"the store {name} is neither SQLite nor Postgres: use one of these")
         if engine.dialect.name == "sqlite":
@@ -92,7 +94,7 @@ def open_database(url: str) -> sa.Engine:
                 connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
                 for index in sorted(table.indexes, key=lambda i: str(i.name)):
                     connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
-            connection.execute(insert_new(engine, INFO).values(name="schema", value=SCHEMA_VERSION))
+            connection.execute(insert_new(engine.dialect, INFO).values(name="schema", value=SCHEMA_VERSION))
             version = connection.execute(sa.select(INFO.c.value).where(INFO.c.name == "schema")).scalar_one()
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         reason = getattr(error, "orig", None) or error
@@ -102,15 +104,15 @@ def open_database(url: str) -> sa.Engine:
     return engine
 
 
-def insert_new(engine: sa.Engine, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+def insert_new(dialect: sa.Dialect, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that leaves rows alone that are there already."""
-    if engine.dialect.name == "postgresql":
+    if dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, Any]:
-    """The row of `DECISIONS` for a decision made now, without its prompt and the model's provider."""
+    """A row for `insert_decisions`, of a decision made now, without its prompt and the model's provider."""
     return {
         "decision_id": decision.decision_id,
         "time_us": time.time_ns() // 1000,
@@ -122,14 +124,11 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "data_class": request.data_class,
         "region": request.region,
         "tier": request.tier,
-        "needs": sorted(request.needs),
+        "needs": request.needs,
         "max_cost_usd": request.max_cost_usd,
         "willingness_to_pay_usd": request.willingness_to_pay_usd,
-        "candidates": [
-            {"model": c.model, "p_ok": _finite(c.p_ok), "expected_cost_usd": _finite(c.expected_cost_usd)}
-            for c in decision.candidates
-        ],
-        "excluded": dict(decision.excluded),
+        "candidates": decision.candidates,
+        "excluded": decision.excluded,
         "model": decision.model,
         "propensity": decision.propensity,
         "explored": decision.explored,
@@ -141,8 +140,46 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
+def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Inserts rows of `decision_row`, skipping those that are there already.
+
+    The statement goes to the driver as it is: SQLAlchemy's handling of every value would take as long again, on the
+    interpreter that the event loop waits for.
+    """
+    sql, order = _insert_statement(connection.dialect)
+    full = [
+        {
+            **row,
+            "needs": _dump(sorted(row["needs"])),
+            "candidates": _candidates_json(row["candidates"]),
+            "excluded": _dump(dict(row["excluded"])),
+        }
+        for row in rows
+    ]
+    if order is None:
+        connection.exec_driver_sql(sql, full)
+    else:
+        connection.exec_driver_sql(sql, [tuple(row[name] for name in order) for row in full])
+
+
+@functools.cache
+def _insert_statement(dialect: sa.Dialect) -> tuple[str, tuple[str, ...] | None]:
+    """The INSERT as the driver takes it, and the order of its parameters where they go by position."""
+    compiled = insert_new(dialect, DECISIONS).compile(dialect=dialect, column_keys=DECISIONS.columns.keys())
+    return str(compiled), None if compiled.positiontup is None else tuple(compiled.positiontup)
+
+
+def _candidates_json(candidates: Iterable[Candidate]) -> str:
+    """A JSON array; nine digits hold a float32, and what is not finite becomes null."""
+    items = [
+        f'{{"model":{_dump(c.model)},"p_ok":{_number(c.p_ok)},"expected_cost_usd":{_number(c.expected_cost_usd)}}}'
+        for c in candidates
+    ]
+    return f"[{','.join(items)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.9g}" if math.isfinite(value) else "null"
 
 
 def _sqlite_settings(connection: sqlite3.Connection, _record: Any) -> None:

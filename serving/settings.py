@@ -35,7 +35,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
-    max_body_bytes: int = 4 * 1024 * 1024
+    max_body_bytes: int = 2 * 1024 * 1024
     max_concurrency: int | None = None
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
