@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,7 +200,7 @@ def serve(
     assert bundle is not None
     settings = Settings(
         bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, host=host, port=port,
-        api_keys=read_api_keys(api_keys, KEYS_VARIABLE),
+        api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip
     from serving.app import serve as run
 

@@ -73,7 +73,8 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
     held = made.metrics["held_out"]
     console.print(
         f"bundle {made.version}: {made.metrics['train_outcomes']} outcomes of {made.metrics['train_requests']} "
-        f"requests; on {made.metrics['held_out_requests']} newer ones AUC {held['auc']:.3f}, calibration error {held['ece']:.3f}"
+        f"requests; on {made.metrics['held_out_requests']} newer ones AUC {held['auc']:.3f}, "
+        f"calibration error {held['ece']:.3f}"
     )
     uri = f"sqlite:///{(out / 'mlflow.db').resolve()}"
     with console.status("registering in MLflow"):
