@@ -233,8 +233,7 @@ def serve(settings: Settings) -> None:
     Raises what `create_app` raises; exits with another code than 0 when the port cannot be bound.
     """
     # Read once, when LightGBM is loaded: one thread decides, and idle OpenMP threads would only spin beside it.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app = create_app(settings)
     gc.collect()

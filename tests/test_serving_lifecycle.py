@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,13 +16,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_service import Running, free_port, process, running, sha256, start_process, wait_for
+from live_service import ROOT, Running, free_port, process, running, sha256, start_process, wait_for
 
 from features.load import load_router, save_router
 from router_ml.errors import BundleError, InputError
 from router_ml.quality import LearnedEstimator
 from router_ml.store import Store
 from serving.live import LiveRouter
+from serving.settings import KEYS_VARIABLE
 
 PROMPT = {"prompt": "What is the plural of river cloud engine?"}
 
@@ -65,32 +68,35 @@ def test_one_changed_byte_in_any_file_is_refused_by_name(tiny_bundle: Path, tmp_
         (tmp_path / "away").unlink()
 
 
-def start_fails(**settings: object) -> str:
-    """What a process that must not come up says; its exit code is not 0."""
-    started = start_process(port=free_port(), **settings)
-    try:
-        said, _ = started.communicate(timeout=60)
-    finally:
-        started.kill()
-    assert started.returncode == 2, said
-    assert "Traceback" not in said
-    return said
+def start_fails(bundle: Path, store: Path, *options: str) -> str:
+    """What `router-ml serve` says when it must not come up; its exit code is 2."""
+    command = [sys.executable, "-c", "from router_ml.cli import main; main()", "serve", "--port", str(free_port())]
+    environment = {k: v for k, v in os.environ.items() if k != KEYS_VARIABLE}
+    done = subprocess.run(
+        [*command, "--bundle", str(bundle), "--store", str(store), *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def test_a_service_does_not_start_on_an_altered_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    for path in files_of(tiny_bundle):
-        bundle = tmp_path / f"with-{path.name}"
-        shutil.copytree(tiny_bundle, bundle)
-        flip(bundle / path.name, 10)
     # One process a file would take long: the two kinds, what the manifest lists and the manifest itself.
     for name in ("booster.txt", "manifest.json"):
-        said = start_fails(bundle=tmp_path / f"with-{name}", store=tmp_path / "store.db")
+        shutil.copytree(tiny_bundle, tmp_path / f"with-{name}")
+        flip(tmp_path / f"with-{name}" / name, 10)
+        said = start_fails(tmp_path / f"with-{name}", tmp_path / "store.db")
         assert name in said and "altered" in said
-    assert "no bundle at" in start_fails(bundle=tmp_path / "nowhere", store=tmp_path / "store.db")
+    assert "no bundle at" in start_fails(tmp_path / "nowhere", tmp_path / "store.db")
 
 
 def test_a_service_does_not_start_beyond_loopback_without_keys(tiny_bundle: Path, tmp_path: Path) -> None:
-    said = start_fails(bundle=tiny_bundle, store=tmp_path / "store.db", host="0.0.0.0")
+    said = start_fails(tiny_bundle, tmp_path / "store.db", "--host", "0.0.0.0")
     assert "no API keys are configured" in said
 
 
@@ -107,7 +113,7 @@ def test_a_bad_policy_or_store_is_refused_at_start(tiny_bundle: Path, tmp_path: 
     with pytest.raises(InputError, match="'gone'"):
         LiveRouter(tiny_bundle, policy)
     (tmp_path / "text.db").write_text("this is no database at all, only text that is long enough")
-    assert "not a database" in start_fails(bundle=tiny_bundle, store=tmp_path / "text.db")
+    assert "not a database" in start_fails(tiny_bundle, tmp_path / "text.db")
 
 
 @contextlib.contextmanager
