@@ -52,7 +52,7 @@ class StaticEncoder:
         """The embedding of a text given as token ids: mean token vector, scaled to length 1; float32 [d]."""
         if not len(ids):
             return np.zeros(self.dim, dtype=np.float32)
-        vector: FloatArray = np.add.reduce(self.table.take(ids, axis=0), axis=0)
+        vector: FloatArray = np.dot(np.ones(len(ids), dtype=np.float32), self.table.take(ids, axis=0))
         norm = float(np.sqrt(np.dot(vector, vector)))
         return vector / np.float32(norm) if norm > 0.0 else vector
 

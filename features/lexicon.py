@@ -12,6 +12,8 @@ from router_ml.types import FloatArray
 IntArray = npt.NDArray[np.int64]
 MAX_TOKENS = 768
 SLOTS = 1 << 17
+_UNKNOWN = np.array([-1], dtype=np.int64)
+_GOLDEN, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(64 - 17)
 
 
 def term_keys(tokens: IntArray, vocabulary: int) -> IntArray:
@@ -52,15 +54,16 @@ class Lexicon:
         tokens = tokens[:MAX_TOKENS]
         pairs = (tokens[:-1] + 1) * self.vocabulary + tokens[1:]
         slot = _slot(pairs)
-        found = np.where(self._slot_key.take(slot) == pairs, self._slot_term.take(slot), -1)
-        ids = np.concatenate((self._token_term.take(tokens), found))
+        found = self._slot_term.take(slot[self._slot_key.take(slot) == pairs])
+        ids = np.concatenate((_UNKNOWN, self._token_term.take(tokens), found))
         ids.sort()
-        keep = ids >= 0
-        keep[1:] &= ids[1:] != ids[:-1]
-        return ids[keep]
+        distinct: IntArray = ids[1:][ids[1:] != ids[:-1]]
+        return distinct  # distinct, and without the unknown (-1), which comes first
 
 
 def _slot(keys: IntArray) -> IntArray:
     """Multiplicative hashing (Knuth, The Art of Computer Programming 3, 6.4): the product's high bits."""
-    product = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (product >> np.uint64(64 - 17)).astype(np.int64)
+    product = keys.view(np.uint64) * _GOLDEN
+    product >>= _SHIFT
+    slots: IntArray = product.view(np.int64)
+    return slots

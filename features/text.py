@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 
 import numpy as np
 
 from router_ml.types import FloatArray, RouteRequest
 
-MAX_CHARS = 4096
+MAX_CHARS = 2048
 """Characters of a conversation that are read for features: bounds the time of a decision, whatever is sent."""
-_HEAD = 3072
+_HEAD = 1536
 _SHORT_TURN = 200
 
 STATISTICS = (
@@ -36,10 +35,8 @@ STATISTICS = (
     "attachments",
 )
 
-_ASCII_WORD = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
-_ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_LIST_MARKS = ("\n(", "\n-", "\n*", "\n1")
-_CODE_MARKS = ("```", ";\n", "\\", "==")
+_LIST_MARKS = ("\n(", "\n-", "\n1")
+_CODE_MARKS = ("```", ";\n", "\\")
 
 _CLASSES = (
     b"0123456789",
@@ -88,12 +85,10 @@ def words(text: str) -> list[str]:
     """Lower-case words and single punctuation marks, split as BERT's uncased tokenizer splits them.
 
     The rules are those of BertNormalizer and BertPreTokenizer: control characters dropped, accents stripped, every
-    punctuation mark and CJK character a word of its own.
+    punctuation mark and CJK character a word of its own. All of them look at one character at a time, so one table
+    holds them.
     """
-    if text.isascii() and not _ASCII_CONTROL.search(text):
-        return _ASCII_WORD.findall(text.lower())
-    plain = unicodedata.normalize("NFD", text.translate(_CLEAN)).translate(_SPLIT)
-    return plain.lower().split()
+    return text.translate(_TABLE).split()
 
 
 def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> FloatArray:
@@ -136,37 +131,32 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARS else text[:_HEAD] + "\n" + text[-(MAX_CHARS - _HEAD - 1) :]
 
 
-class _Clean(dict[int, str]):
-    """BertNormalizer's clean-up and its spaces around CJK characters, one character at a time, remembered."""
+class _Table(dict[int, str]):
+    """What becomes of each character, worked out when it is first met."""
 
     def __missing__(self, code: int) -> str:
-        char = chr(code)
-        if char in "\t\n\r" or unicodedata.category(char) == "Zs":
-            out = " "
-        elif code in (0, 0xFFFD) or unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs"):
-            out = ""
-        elif any(low <= code <= high for low, high in _CJK):
-            out = f" {char} "
-        else:
-            out = char
-        self[code] = out
+        self[code] = out = "".join(map(_split, unicodedata.normalize("NFD", _clean(chr(code)))))
         return out
 
 
-class _Split(dict[int, str]):
-    """Accents away, and a space around every punctuation mark, as BertPreTokenizer splits."""
+def _clean(char: str) -> str:
+    """BertNormalizer's clean-up, and its spaces around CJK characters."""
+    code, category = ord(char), unicodedata.category(char)
+    if char in "\t\n\r" or category == "Zs":
+        return " "
+    if code in (0, 0xFFFD) or category in ("Cc", "Cf", "Cn", "Co", "Cs"):
+        return ""
+    return f" {char} " if any(low <= code <= high for low, high in _CJK) else char
 
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        category = unicodedata.category(char)
-        if category == "Mn":
-            out = ""
-        elif category.startswith("P") or (33 <= code <= 126 and not char.isalnum()):
-            out = f" {char} "
-        else:
-            out = char
-        self[code] = out
-        return out
+
+def _split(char: str) -> str:
+    """Accents away, lower case, and spaces around punctuation, as BertPreTokenizer splits."""
+    category = unicodedata.category(char)
+    if category == "Mn":
+        return ""
+    if category.startswith("P") or ("!" <= char <= "~" and not char.isalnum()):
+        return f" {char} "
+    return char.lower()
 
 
 _CJK = (
@@ -179,5 +169,4 @@ _CJK = (
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 )
-_CLEAN = _Clean()
-_SPLIT = _Split()
+_TABLE = _Table()

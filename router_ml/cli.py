@@ -27,6 +27,21 @@ TRACKING = click.option(
     envvar="MLFLOW_TRACKING_URI",
     help="MLflow's store.",
 )
+ENCODER = click.option(
+    "--encoder", default="static", show_default=True, help="static (distilled from MiniLM) or lexical."
+)
+SEED = click.option("--seed", default=0, show_default=True, help="The same seed gives the same result.")
+
+
+def _logging(default: str) -> Callable[[Any], Any]:
+    """The logging policy: what the log knows of every request."""
+    return click.option(
+        "--logging",
+        type=click.Choice(["full", "uniform", "mostly-best"]),
+        default=default,
+        show_default=True,
+        help="Every model's outcome, one drawn evenly, or mostly the best model's.",
+    )
 
 
 class _Commands(click.Group):
@@ -42,6 +57,15 @@ class _Commands(click.Group):
         except ModuleNotFoundError as error:
             click.echo(
                 f"router-ml: this command needs the package {error.name!r}: install router-ml[train] (or [serve])",
+                err=True,
+            )
+            ctx.exit(2)
+        except OSError as error:
+            if not any(library in str(error) for library in ("libgomp", "libomp")):
+                raise
+            click.echo(
+                f"router-ml: LightGBM cannot load the OpenMP library ({error}): install it (Debian and Ubuntu: "
+                "apt-get install libgomp1; Fedora: dnf install libgomp; macOS: brew install libomp)",
                 err=True,
             )
             ctx.exit(2)
@@ -61,7 +85,7 @@ def import_() -> None:
 @import_.command("outcomes")
 @click.argument("file", type=ExistingFile)
 @click.option("--catalog", required=True, type=ExistingFile, help="Model cards, JSON.")
-@click.option("--logging", type=click.Choice(["full", "uniform", "mostly-best"]), default="full", show_default=True)
+@_logging("full")
 @click.option("--out", required=True, type=PathArg, help="The log directory to write.")
 @click.option("--split", help="Only rows whose column 'split' has this value.")
 @click.option(
@@ -70,7 +94,7 @@ def import_() -> None:
 @click.option(
     "--max-reject-share", default=0.05, show_default=True, help="Past this share of bad rows nothing is written."
 )
-@click.option("--seed", default=0, show_default=True)
+@SEED
 @click.option("--overwrite", is_flag=True, help="Replace an existing log.")
 def import_outcomes(
     file: Path, catalog: Path, logging: Any, out: Path, split: str | None, preamble_tokens: int,
@@ -94,9 +118,9 @@ def import_outcomes(
 @main.command()
 @click.option("--rows", default=20_000, show_default=True, help="Requests to simulate.")
 @click.option("--out", required=True, type=PathArg, help="The log directory to write; its truth goes to OUT/truth.")
-@click.option("--logging", type=click.Choice(["full", "uniform", "mostly-best"]), default="uniform", show_default=True)
+@_logging("uniform")
 @click.option("--feedback-rate", default=0.6, show_default=True, help="Share of good answers that get feedback.")
-@click.option("--seed", default=0, show_default=True)
+@SEED
 @click.option("--overwrite", is_flag=True, help="Replace an existing log.")
 def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int, overwrite: bool) -> None:
     """Write a log of simulated traffic whose true qualities are known, and its catalogue beside it.
@@ -118,10 +142,10 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option(
     "--quality-threshold", default=0.5, show_default=True, help="From this quality on an answer is acceptable."
 )
-@click.option("--encoder", default="static", show_default=True, help="static (distilled from MiniLM) or lexical.")
+@ENCODER
 @click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
 @click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
-@click.option("--seed", default=0, show_default=True)
+@SEED
 @click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
 @click.option("--register", "name", help="Register the bundle in MLflow under this name.")
 @click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
@@ -138,6 +162,8 @@ def train(
     from router_ml.logs import read_log_info
     from training.train import train as run
 
+    if catalog is None and logs.is_file():
+        raise click.UsageError(f"{logs} is a single file, which has no catalogue in it: give --catalog FILE")
     cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
     with _stages() as report:
         made = run(
@@ -170,13 +196,15 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 
 @main.command()
 @click.option("--bundle", type=PathArg, help="A bundle directory.")
-@click.option("--model", help="A registered router instead, as NAME@ALIAS; it is copied to --cache.")
-@click.option("--cache", type=PathArg, default=Path("serving-bundle"), show_default=True)
+@click.option("--model", help="A registered router instead, as NAME@ALIAS.")
+@click.option(
+    "--cache", type=PathArg, default=Path("serving-bundle"), show_default=True, help="Where --model is copied to."
+)
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
 @click.option("--store-prompts", is_flag=True, help="Keep prompts with the decisions, so that they can be trained on.")
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of key names and the SHA-256 of their keys.")
 @TRACKING
 def serve(
@@ -238,7 +266,7 @@ def route(
 @click.option("--catalog", type=ExistingFile, help="Its model cards; catalog.json beside the data by default.")
 @click.option("--out", type=PathArg, default=Path("demo"), show_default=True, help="Where everything is written.")
 @click.option("--rows", default=20_000, show_default=True, help="Requests to simulate without --data.")
-@click.option("--encoder", default="static", show_default=True)
+@ENCODER
 def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder: str) -> None:
     """Show the whole path: log, training, MLflow, service, and requests routed over HTTP.
 

@@ -136,6 +136,10 @@ class Policy:
         return replace(self, version="", **changes)
 
 
+_ALL: BoolArray = np.ones(0, dtype=bool)
+"""Stands for a mask that allows every model, so that the common case costs no vector operation."""
+
+
 @dataclass(frozen=True)
 class Constraints:
     """The catalogue's clearances as arrays [m], compiled once so that a request costs a few vector operations."""
@@ -146,6 +150,7 @@ class Constraints:
     data_class: Mapping[str, BoolArray]
     region: Mapping[str, BoolArray]
     key: Mapping[str, BoolArray]
+    least_window: int
 
     @classmethod
     def compile(cls, catalog: Catalog, policy: Policy) -> Constraints:
@@ -153,7 +158,10 @@ class Constraints:
 
         def masks(values: Sequence[frozenset[str]]) -> dict[str, BoolArray]:
             names = sorted(frozenset().union(*values))
-            return {name: np.array([name in v for v in values]) for name in names}
+            return {name: mask([name in v for v in values]) for name in names}
+
+        def mask(values: list[bool]) -> BoolArray:
+            return _ALL if all(values) else np.array(values)
 
         return cls(
             catalog=catalog,
@@ -161,7 +169,8 @@ class Constraints:
             capability=masks([c.capabilities for c in catalog]),
             data_class=masks([c.data_classes for c in catalog]),
             region=masks([c.regions for c in catalog]),
-            key={k: np.array([c.id in models for c in catalog]) for k, models in policy.keys.items()},
+            key={k: mask([c.id in models for c in catalog]) for k, models in policy.keys.items()},
+            least_window=min(c.context_window for c in catalog),
         )
 
     def eligible(
@@ -175,7 +184,7 @@ class Constraints:
             nonlocal mask
             if allowed is None:
                 allowed = np.zeros_like(mask)
-            elif allowed.all():
+            elif allowed is _ALL:
                 return
             for i in np.flatnonzero(mask & ~allowed):
                 excluded[self.catalog.ids[i]] = reason
@@ -196,7 +205,8 @@ class Constraints:
         for need in sorted(request.needs):
             require(self.capability.get(need), f"does not support {need}")
         tokens = math.ceil(input_tokens) + (request.max_tokens or 0)
-        require(self.context_window >= tokens, f"context window is smaller than the estimated {tokens} tokens")
+        if tokens > self.least_window:
+            require(self.context_window >= tokens, f"context window is smaller than the estimated {tokens} tokens")
         if request.max_cost_usd is not None:
             require(cost_usd <= request.max_cost_usd, f"expected cost is above {request.max_cost_usd:g} USD")
         return mask, excluded
@@ -237,27 +247,24 @@ def choose(
     explore, the second where to.
     The propensity is (1 - rate) * [greedy] + rate / eligible, exact for every candidate; a pinned model has 1.
     """
-    at = np.flatnonzero(eligible)
-    p = p_ok[at].tolist()
-    cost = [c if c == c else math.inf for c in cost_usd[at].tolist()]
+    # Lists, not arrays: for a dozen candidates plain Python is several times faster than numpy.
+    at = [i for i, allowed in enumerate(eligible.tolist()) if allowed]
+    every_p, every_cost = p_ok.tolist(), cost_usd.tolist()
+    p = [every_p[i] for i in at]
+    cost = [c if c == c else math.inf for c in (every_cost[i] for i in at)]
     size = len(p)
 
-    def rank(i: int) -> tuple[bool, float, float]:
-        if p[i] >= min_probability:
-            if willingness_to_pay_usd is not None:
-                return (False, cost[i] - willingness_to_pay_usd * p[i], -p[i])
-            return (False, cost[i], -p[i])
-        return (True, -p[i] if p[i] == p[i] else 1.0, cost[i])
-
-    order = sorted(range(size), key=rank)
+    # What meets the dial comes first, by cost or value; then the rest by probability, unknown ones last.
+    worth = willingness_to_pay_usd or 0.0
+    meeting = sorted([(cost[i] - worth * v, -v, i) for i, v in enumerate(p) if v >= min_probability])
+    rest = sorted([(-v if v == v else 1.0, cost[i], i) for i, v in enumerate(p) if not v >= min_probability])
+    order = [i for _, _, i in meeting] + [i for _, _, i in rest]
     greedy = order[0]
     meets = p[greedy] >= min_probability
     if pinned is not None and eligible[pinned]:
-        first = int(np.searchsorted(at, pinned))
+        first = at.index(pinned)
         chosen = (first, *(i for i in order if i != first))
-        return Choice(
-            tuple(int(at[i]) for i in chosen), 1.0, False, p[first] >= min_probability, "a rule pins this model"
-        )
+        return Choice(tuple(at[i] for i in chosen), 1.0, False, p[first] >= min_probability, "a rule pins this model")
     if meets:
         reason = f"cheapest candidate with probability at least {min_probability:g}"
         if willingness_to_pay_usd is not None:
@@ -266,7 +273,7 @@ def choose(
         reason = f"no candidate reaches {min_probability:g}: the most probable"
         known = any(v == v for v in p)
         if (unmet == "default" or not known) and default is not None and eligible[default]:
-            greedy = int(np.searchsorted(at, default))
+            greedy = at.index(default)
             reason = f"no candidate reaches {min_probability:g}: the configured default"
         elif not known:
             greedy = min(range(size), key=cost.__getitem__)
@@ -277,7 +284,7 @@ def choose(
         reason = "exploration: drawn uniformly from the eligible candidates"
     propensity = (1.0 - exploration_rate) * (first == greedy) + exploration_rate / size
     chosen = (first, *(i for i in order if i != first))
-    return Choice(tuple(int(at[i]) for i in chosen), propensity, explored, p[first] >= min_probability, reason)
+    return Choice(tuple(at[i] for i in chosen), propensity, explored, p[first] >= min_probability, reason)
 
 
 def _check(policy: Policy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from router_ml import registry
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError, RouterError
 from router_ml.logs import read_log_info
+from training.encoders import ENCODERS
 from training.evaluate import Frontier, cost_at, frontier
 from training.outcomes import import_outcomes
 from training.report import plot_frontier, publish
@@ -36,6 +38,9 @@ from training.train import Training, expected_costs, realised_cost, train
 NAME = "router"
 SHOWN = 10
 _MARKER = ".router-ml-demo"
+_WRITTEN = re.compile(
+    r"\.router-ml-demo|\.?(log|bundle|serving-bundle)(\.\w+)*|(mlflow|decisions)\.db\S*|mlartifacts|service\.log|frontier\.png"
+)
 
 
 def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encoder: str) -> None:
@@ -44,8 +49,14 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
     Raises InputError when `out` holds something else, and whatever the steps raise.
     """
     console = Console()
-    if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
-        raise InputError(f"{out} is not an earlier demo's folder: choose another --out")
+    _refuse_foreign(out)
+    if encoder not in ENCODERS:
+        raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
+    if data is not None:
+        catalog = catalog or data.parent / "catalog.json"
+        if not catalog.is_file():
+            raise InputError(f"{data} needs model cards: give --catalog FILE, or put catalog.json beside it")
+        cards = Catalog.load(catalog)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / _MARKER).touch()
@@ -54,11 +65,8 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
     console.rule("1  the log")
     with _progress() as report:
         if data is not None:
-            cards = catalog or data.parent / "catalog.json"
-            if not cards.is_file():
-                raise InputError(f"{data} needs model cards: give --catalog FILE, or put catalog.json beside it")
             report("import", 0.0)
-            summary = import_outcomes(data, Catalog.load(cards), out=out / "log", logging="full")
+            summary = import_outcomes(data, cards, out=out / "log", logging="full")
             report("import", 1.0)
         else:
             summary = simulate(rows, out / "log", progress=lambda done: report("simulate", done / rows))
@@ -89,6 +97,17 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
     console.rule("4  the frontier")
     _show_frontier(made, out, console, simulated=data is None)
     console.print(f"done in {time.perf_counter() - started:.0f} s; everything is in {out}")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises InputError when `out` holds anything that no earlier demo wrote: a demo begins by emptying it."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).exists()):
+        raise InputError(f"{out} is not an earlier demo's folder: choose another --out")
+    foreign = sorted(p.name for p in out.iterdir() if not _WRITTEN.fullmatch(p.name))
+    if foreign:
+        raise InputError(f"{out} holds {foreign[0]}, which no demo wrote: move it, or choose another --out")
 
 
 def _route_some(made: Training, url: str, console: Console) -> None:
