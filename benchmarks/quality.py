@@ -173,7 +173,7 @@ class _Judge:
         part = np.linspace(0.0, 1.0, 401)
 
         def line(share: Array) -> Frontier:
-            return Frontier(share, share @ single_cost, share @ single_quality, share)
+            return Frontier(share, share @ single_cost, share @ single_quality, share, single_cost, single_quality)
 
         mix = np.zeros((len(part), m))
         mix[:, cheapest] += 1 - part
@@ -185,12 +185,9 @@ class _Judge:
             "oracle": self._money(frontier(self.quality, self.cost, self.cost, self.quality)),
         }
 
-    def _money(self, front: Frontier) -> dict[str, Any]:
-        assert self.cost is not None
-        return {
-            "cost_at": cost_at(front, self.cost, self.quality),
-            "aiq_log": aiq_log(front, self.cost, self.quality),
-        }
+    @staticmethod
+    def _money(front: Frontier) -> dict[str, Any]:
+        return {"cost_at": cost_at(front), "aiq_log": aiq_log(front)}
 
 
 def _problem(

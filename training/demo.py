@@ -33,7 +33,7 @@ from training.evaluate import Frontier, cost_at, frontier
 from training.outcomes import import_outcomes
 from training.report import plot_frontier, publish
 from training.simulate import simulate, true_quality
-from training.train import Training, expected_costs, realised_cost, train
+from training.train import Training, expected_costs, train
 
 NAME = "router"
 SHOWN = 10
@@ -142,41 +142,32 @@ def _route_some(made: Training, url: str, console: Console) -> None:
 
 
 def _show_frontier(made: Training, out: Path, console: Console, *, simulated: bool) -> None:
-    found = _true_frontier(made, out) if simulated else _held_out_frontier(made)
-    if found is None:
-        console.print("no frontier: the held-out requests have not every model's outcome and cost")
+    front = _true_frontier(made, out) if simulated else made.frontier
+    if front is None:
+        console.print("no frontier: too few held-out requests have every model's outcome and cost")
         return
-    front, cost, quality = found
-    catalog = made.held_out.catalog
-    best = int(quality.mean(axis=0).argmax())
-    plot_frontier(front, cost.mean(axis=0), quality.mean(axis=0), catalog.ids, out / "frontier.png")
+    models = made.held_out.catalog.ids
+    plot_frontier(front, models, out / "frontier.png")
     table = Table(
         "share of the best model's quality",
         "cost, share of the best model's",
-        title=f"against always {catalog.ids[best]}",
+        title=f"against always {models[front.best]}",
     )
-    for share, least in cost_at(front, cost, quality).items():
+    for share, least in cost_at(front).items():
         table.add_row(f"{float(share):.0%}", f"{least:.1%}")
     console.print(table)
-    console.print(
-        f"{'true qualities of the simulation' if simulated else 'held-out outcomes'}; plot: {out / 'frontier.png'}"
-    )
+    source = "the simulation's true qualities" if simulated else "held-out outcomes"
+    console.print(f"from {source}; plot: {out / 'frontier.png'}")
 
 
-def _held_out_frontier(made: Training) -> tuple[Frontier, np.ndarray, np.ndarray] | None:
-    if made.frontier is None:
-        return None
-    return made.frontier, realised_cost(made.held_out), made.held_out.quality
-
-
-def _true_frontier(made: Training, out: Path) -> tuple[Frontier, np.ndarray, np.ndarray]:
+def _true_frontier(made: Training, out: Path) -> Frontier:
     """The log has one outcome a request; the simulation knows what every model would have done."""
     held = made.held_out
     truth = true_quality(out / "log", held.ids)
     quality = truth.select([f"p/{m}" for m in held.catalog.ids]).to_numpy()
     cost = truth.select([f"cost_usd/{m}" for m in held.catalog.ids]).to_numpy()
     estimates = made.fit.estimator.estimate_many(held.requests)
-    return frontier(made.judged[0], expected_costs(estimates, held.catalog), cost, quality), cost, quality
+    return frontier(made.judged[0], expected_costs(estimates, held.catalog), cost, quality)
 
 
 @contextmanager

@@ -15,12 +15,22 @@ SHARES = (0.90, 0.95, 0.98, 1.00)
 
 @dataclass(frozen=True)
 class Frontier:
-    """What each setting of one dial would have cost and earned: arrays [k]; `share` [k, m] is each model's traffic."""
+    """What each setting of one dial would have cost and earned a request: arrays [k]; `share` [k, m] is the traffic.
+
+    `single_cost` and `single_quality` [m] are those of always calling one model, on the same requests.
+    """
 
     dial: Array
     cost_usd: Array
     quality: Array
     share: Array
+    single_cost: Array
+    single_quality: Array
+
+    @property
+    def best(self) -> int:
+        """Position of the best single model."""
+        return int(self.single_quality.argmax())
 
 
 def scores(p_ok: Array, label: Array) -> dict[str, float]:
@@ -90,17 +100,17 @@ def frontier(p_ok: Array, expected_cost: Array, cost_usd: Array, quality: Array,
         cost.append(cost_usd[rows, chosen].mean())
         earned.append(quality[rows, chosen].mean())
         share.append(np.bincount(chosen, minlength=p_ok.shape[1]) / len(rows))
-    return Frontier(dials, np.array(cost), np.array(earned), np.array(share))
+    return Frontier(
+        dials, np.array(cost), np.array(earned), np.array(share), cost_usd.mean(axis=0), quality.mean(axis=0)
+    )
 
 
-def cost_at(front: Frontier, cost_usd: Array, quality: Array, shares: tuple[float, ...] = SHARES) -> dict[str, float]:
+def cost_at(front: Frontier, shares: tuple[float, ...] = SHARES) -> dict[str, float]:
     """The least mean cost, as a share of the best single model's, that reaches a share of that model's quality.
 
-    `cost_usd` and `quality` [n, m] are those of the single models on the same rows. Always calling the best single
-    model is one of the settings, so no value is above 1.
+    Always calling the best single model is one of the settings, so no value is above 1.
     """
-    best = int(quality.mean(axis=0).argmax())
-    best_cost, best_quality = float(cost_usd[:, best].mean()), float(quality[:, best].mean())
+    best_cost, best_quality = float(front.single_cost[front.best]), float(front.single_quality[front.best])
     out = {}
     for share in shares:
         enough = front.quality >= share * best_quality
@@ -109,20 +119,18 @@ def cost_at(front: Frontier, cost_usd: Array, quality: Array, shares: tuple[floa
     return out
 
 
-def aiq_log(front: Frontier, cost_usd: Array, quality: Array, points: int = 400) -> float:
+def aiq_log(front: Frontier, points: int = 400) -> float:
     """Mean over log cost, between the cheapest and the dearest single model, of the best quality reached by then.
 
     Where no setting is that cheap, the cheapest model's quality counts. (The idea of RouterBench's AIQ, arXiv
     2403.12031, on a logarithmic axis.)
     """
-    single_cost, single_quality = cost_usd.mean(axis=0), quality.mean(axis=0)
-    best = int(single_quality.argmax())
-    cost = np.append(front.cost_usd, single_cost[best])
+    cost = np.append(front.cost_usd, front.single_cost[front.best])
     order = np.argsort(cost, kind="stable")
-    reached = np.maximum.accumulate(np.append(front.quality, single_quality[best])[order])
-    at = np.geomspace(single_cost.min(), single_cost.max(), points)
+    reached = np.maximum.accumulate(np.append(front.quality, front.single_quality[front.best])[order])
+    at = np.geomspace(front.single_cost.min(), front.single_cost.max(), points)
     position = np.searchsorted(cost[order], at, side="right") - 1
-    floor = single_quality[single_cost.argmin()]
+    floor = front.single_quality[front.single_cost.argmin()]
     return float(np.where(position >= 0, reached[np.maximum(position, 0)], floor).mean())
 
 

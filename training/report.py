@@ -6,16 +6,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from router_ml import registry
 from router_ml.errors import RegistryError
 from router_ml.registry import ModelVersion
 from training.evaluate import Frontier
 from training.tracking import register_bundle
-from training.train import Training, realised_cost
-
-Array = npt.NDArray[np.floating]
+from training.train import Training
 
 
 def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias: str | None = None) -> ModelVersion:
@@ -33,15 +30,7 @@ def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias
     with tempfile.TemporaryDirectory() as folder:
         plots = [plot_calibration(made, Path(folder) / "calibration.png")]
         if made.frontier is not None:
-            plots.append(
-                plot_frontier(
-                    made.frontier,
-                    realised_cost(made.held_out).mean(axis=0),
-                    made.held_out.quality.mean(axis=0),
-                    made.held_out.catalog.ids,
-                    Path(folder) / "frontier.png",
-                )
-            )
+            plots.append(plot_frontier(made.frontier, made.held_out.catalog.ids, Path(folder) / "frontier.png"))
         return register_bundle(
             bundle,
             tracking_uri=tracking_uri,
@@ -53,18 +42,16 @@ def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias
         )
 
 
-def plot_frontier(
-    front: Frontier, single_cost: Array, single_quality: Array, models: tuple[str, ...], to: Path
-) -> Path:
-    """Quality against mean cost a request: the router's settings and each single model; costs and qualities are [m]."""
+def plot_frontier(front: Frontier, models: tuple[str, ...], to: Path) -> Path:
+    """Quality against mean cost a request: the router's settings and each single model, by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     order = np.argsort(front.cost_usd)
     axes.plot(front.cost_usd[order] * 1000, front.quality[order], label="router, by willingness to pay")
-    axes.plot(single_cost * 1000, single_quality, "o", color="tab:gray", label="single models")
-    for x, y, model in zip(single_cost * 1000, single_quality, models, strict=True):
+    axes.plot(front.single_cost * 1000, front.single_quality, "o", color="tab:gray", label="single models")
+    for x, y, model in zip(front.single_cost * 1000, front.single_quality, models, strict=True):
         axes.annotate(model, (float(x), float(y)), fontsize=7, xytext=(4, -8), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_xlabel("mean cost, USD per 1,000 requests")

@@ -20,13 +20,15 @@ from training.encoders import ENCODERS
 from training.evaluate import Frontier, cost_at, frontier, scores
 from training.fit import Fit, Report, fit
 
+_LEAST_FRONTIER_ROWS = 50
+
 
 @dataclass(frozen=True)
 class Training:
     """What `train` made.
 
     `judged` holds p_ok and labels [n, m] of the held-out requests, or of the training requests out of fold where none
-    are held out. `frontier` is there only where the held-out rows have every model's outcome and cost.
+    are held out. `frontier` is there only where enough held-out requests have every model's outcome and cost.
     """
 
     fit: Fit
@@ -84,10 +86,9 @@ def train(
         estimates = made.estimator.estimate_many(held_out.requests)
         judged = np.stack([e.p_ok for e in estimates]), held_out.labels(threshold)
         metrics["held_out"] = scores(*judged)
-        cost = realised_cost(held_out)
-        if held_out.observed.all() and not np.isnan(cost).any():
-            front = frontier(judged[0], expected_costs(estimates, catalog), cost, held_out.quality)
-            metrics["held_out"]["cost_at"] = cost_at(front, cost, held_out.quality)
+        front = _frontier(held_out, estimates)
+        if front is not None:
+            metrics["held_out"]["cost_at"] = cost_at(front)
     params: dict[str, Any] = {
         "quality_threshold": threshold,
         "encoder": encoder,
@@ -97,6 +98,17 @@ def train(
     sha = log_sha256(frame)
     version = save_router(out, made.estimator, {**params, "metrics": metrics, "log_sha256": sha})
     return Training(made, version, params, metrics, held_out, judged, front)
+
+
+def _frontier(data: Dataset, estimates: list[Estimate]) -> Frontier | None:
+    """The frontier on the requests of which every model's outcome and cost is known, if those are enough."""
+    cost = realised_cost(data)
+    rows = np.flatnonzero(data.observed.all(axis=1) & ~np.isnan(cost).any(axis=1))
+    if len(rows) < _LEAST_FRONTIER_ROWS:
+        return None
+    known = [estimates[i] for i in rows]
+    expected = expected_costs(known, data.catalog)
+    return frontier(np.stack([e.p_ok for e in known]), expected, cost[rows], data.quality[rows])
 
 
 def realised_cost(data: Dataset) -> np.ndarray:
