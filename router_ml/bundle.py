@@ -70,7 +70,7 @@ def unpack_arrays(data: bytes, name: str) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(f"{name} holds no readable arrays ({error}): {_RETRAIN}") from None
 
 

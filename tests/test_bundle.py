@@ -1,0 +1,129 @@
+"""Bundles: written whole, read only when every byte is right, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from features.load import load_router
+from router_ml.bundle import FORMAT, MANIFEST, MANIFEST_HASH, pack_arrays, read_bundle, unpack_arrays, write_bundle
+from router_ml.conversation import request_of
+from router_ml.errors import BundleError, InputError
+
+FILES = {"a.bin": b"\x00\x01\x02", "b.json": b"[1]"}
+
+
+def _copy(bundle: Path, to: Path) -> Path:
+    return Path(shutil.copytree(bundle, to / "copy"))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    version = write_bundle(tmp_path / "b", {"note": "x"}, FILES)
+    bundle = read_bundle(tmp_path / "b")
+    assert (bundle.version, dict(bundle.files), bundle.manifest["note"]) == (version, FILES, "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
+
+
+def test_the_same_content_is_the_same_version(tmp_path: Path) -> None:
+    assert write_bundle(tmp_path / "b", {"n": 1}, FILES) == write_bundle(tmp_path / "c", {"n": 1}, FILES)
+    assert write_bundle(tmp_path / "d", {"n": 2}, FILES) != write_bundle(tmp_path / "e", {"n": 1}, FILES)
+
+
+def test_a_bundle_is_replaced_but_nothing_else_is(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", {"n": 1}, FILES)
+    write_bundle(tmp_path / "b", {"n": 2}, {"a.bin": b"new"})
+    assert read_bundle(tmp_path / "b").files == {"a.bin": b"new"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(InputError, match="not a bundle"):
+        write_bundle(tmp_path / "mine", {}, FILES)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_one_byte_changed_in_any_file_is_refused_by_its_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = _copy(tiny_bundle, tmp_path)
+    names = sorted(p.name for p in copy.iterdir())
+    assert {MANIFEST, MANIFEST_HASH, "booster.txt", "outcomes.npz", "encoder.npz", "tokens.json"} == set(names)
+    for name in names:
+        original = (copy / name).read_bytes()
+        for at in (0, len(original) // 2, len(original) - 1):
+            altered = bytearray(original)
+            altered[at] ^= 1
+            (copy / name).write_bytes(bytes(altered))
+            with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+                load_router(copy)
+        (copy / name).write_bytes(original)
+    load_router(copy)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MANIFEST_HASH, "booster.txt"])
+def test_a_missing_file_is_named(tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    copy = _copy(tiny_bundle, tmp_path)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        load_router(copy)
+
+
+def test_another_format_says_what_to_do(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", {"format": FORMAT + 1}, FILES)
+    with pytest.raises(BundleError, match=f"reads {FORMAT}: install the version that made it"):
+        read_bundle(tmp_path / "b")
+
+
+def test_a_path_in_the_manifest_cannot_leave_the_bundle(tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "secret").write_bytes(b"x")
+    folder = tmp_path / "b"
+    folder.mkdir()
+    text = json.dumps({"format": FORMAT, "files": {"../secret": hashlib.sha256(b"x").hexdigest()}}).encode()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / MANIFEST_HASH).write_text(hashlib.sha256(text).hexdigest() + "\n")
+    with pytest.raises(BundleError, match="not a plain file name"):
+        read_bundle(folder)
+
+
+def test_pickled_arrays_are_refused() -> None:
+    import io
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (print, ("executed",))
+
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.array([Bomb()], dtype=object))
+    with pytest.raises(BundleError, match="no readable arrays"):
+        unpack_arrays(buffer.getvalue(), "x.npz")
+    with pytest.raises(ValueError, match="pickle"):
+        pack_arrays({"x": np.array([Bomb()], dtype=object)})
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.binary(max_size=300))
+def test_garbage_is_a_bundle_error(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(BundleError):
+        unpack_arrays(data, "x.npz")
+    (tmp_path / MANIFEST).write_bytes(data)
+    (tmp_path / MANIFEST_HASH).write_bytes(data[:65])
+    with pytest.raises(BundleError):
+        read_bundle(tmp_path)
+
+
+def test_a_loaded_router_decides_as_the_fitted_one(tiny_bundle: Path, tiny_log: object, catalog: object) -> None:
+    from training.dataset import build_dataset
+    from training.fit import fit
+
+    data = build_dataset(tiny_log, catalog)  # type: ignore[arg-type]
+    fitted = fit(data, encoder="lexical").estimator
+    loaded = load_router(tiny_bundle)
+    for request in [*data.requests[:20], request_of(prompt="something never seen"), request_of(prompt="")]:
+        ours, theirs = fitted.estimate(request), loaded.estimator.estimate(request)
+        assert np.array_equal(ours.p_ok, theirs.p_ok)
+        assert np.array_equal(ours.output_tokens, theirs.output_tokens)
+        assert ours.input_tokens == theirs.input_tokens
