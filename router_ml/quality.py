@@ -109,6 +109,7 @@ class LearnedEstimator:
             return []
         m = len(features[0].rows)
         rows = np.concatenate([f.rows for f in features])
-        raw = np.asarray(self.booster.predict(rows), dtype=np.float32).reshape(len(features), m)
+        threads = 1 if len(rows) < 20_000 else 0
+        raw = np.asarray(self.booster.predict(rows, num_threads=threads), dtype=np.float32).reshape(len(features), m)
         p_ok = self.calibration.apply(blend(raw, np.stack([f.parts for f in features], axis=1)))
         return [Estimate(p, f.output_tokens, f.input_tokens) for p, f in zip(p_ok, features, strict=True)]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 # Set before any test imports numpy, torch or mlflow: each reads these once, at import.
 for _name, _value in {
-    "OMP_NUM_THREADS": "2",
-    "OPENBLAS_NUM_THREADS": "2",
-    "MKL_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "agg",

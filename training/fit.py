@@ -9,6 +9,7 @@ from typing import Any
 import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from features.encoder import StaticEncoder
 from features.featurizer import CandidateFeaturizer, RequestFeatures
@@ -27,6 +28,8 @@ Report = Callable[[str, float], None]
 
 FOLDS = 5
 ROUNDS = 80
+_ONE_THREAD_BELOW = 50_000
+"""Rows below which LightGBM's threads cost more than they save: on a busy machine each round waits for the slowest."""
 DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
 BOOSTER_PARAMS: dict[str, Any] = {
@@ -70,9 +73,18 @@ def fit(
 ) -> Fit:
     """Fits a learner of P(quality >= threshold) per model, from full or partial outcomes; the same under a seed.
 
+    Linear algebra runs on one thread: its sums then come out the same on every number of cores, and on a busy machine
+    it does not wait, spinning, for a core that another process has.
+
     Raises InputError when the data holds too little to learn from.
     """
-    say = report or (lambda stage, share: None)
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _fit(data, threshold, encoder, encoder_model, seed, report or (lambda stage, share: None))
+
+
+def _fit(
+    data: Dataset, threshold: float, encoder: str | StaticEncoder, encoder_model: str | None, seed: int, say: Report
+) -> Fit:
     labels, known = data.labels(threshold), data.observed
     if known.sum() < 4 * FOLDS or len(data) < 4 * FOLDS:
         raise InputError(
@@ -147,6 +159,8 @@ def _boost(
     known = ~np.isnan(labels)
     size = int(known.sum())
     params = {**BOOSTER_PARAMS, "seed": seed, "min_data_in_leaf": int(np.clip(size // 100, 5, 100))}
+    if size < _ONE_THREAD_BELOW:
+        params["num_threads"] = 1
     names_list = list(names)
 
     def dataset(at: npt.NDArray[np.bool_]) -> lgb.Dataset:
