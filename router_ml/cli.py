@@ -241,10 +241,11 @@ def serve(
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option("--min-probability", type=float, help="The dial: least probability of an acceptable answer.")
 @click.option("--tier", help="The dial by name.")
+@click.option("--willingness-to-pay-usd", type=float, help="The dial: what an acceptable answer is worth.")
 @click.option("--max-cost-usd", type=float, help="Exclude models that are expected to cost more.")
 def route(
     prompt: str, bundle: Path, policy: Path | None, min_probability: float | None, tier: str | None,
-    max_cost_usd: float | None,
+    willingness_to_pay_usd: float | None, max_cost_usd: float | None,
 ) -> None:  # fmt: skip
     """Route one PROMPT and print the decision as JSON.
 
@@ -257,7 +258,10 @@ def route(
     from router_ml.policy import Policy
 
     router = load_router(bundle, Policy.load(policy) if policy else None)
-    request = request_of(prompt=prompt, min_probability=min_probability, tier=tier, max_cost_usd=max_cost_usd)
+    request = request_of(
+        prompt=prompt, min_probability=min_probability, tier=tier,
+        willingness_to_pay_usd=willingness_to_pay_usd, max_cost_usd=max_cost_usd,
+    )  # fmt: skip
     click.echo(json.dumps(dataclasses.asdict(router.decide(request)), indent=1))
 
 
