@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-# Small trainings gain nothing from threads, and lose much where other processes want the cores.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 
 @dataclass(frozen=True)
 class Demo:
@@ -40,7 +37,7 @@ def run_demo(folder: Path, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "router_ml.cli", "demo", *options],
         cwd=folder,
-        env=os.environ | ONE_THREAD | {"COLUMNS": "220"},
+        env=os.environ | {"COLUMNS": "220"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,6 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 from command_lines import commands, mistakes
-from small_demo import ONE_THREAD
-from threadpoolctl import threadpool_limits
 
 from router_ml import __version__, registry
 from router_ml.bundle import read_bundle
@@ -62,17 +60,6 @@ class Way:
         return self.folder / name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small trainings gain nothing from threads, and lose much where other processes want the cores."""
-    import sklearn.decomposition  # noqa: F401  (only libraries that are loaded can be limited)
-
-    import training.train  # noqa: F401
-
-    with threadpool_limits(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def way(tmp_path_factory: pytest.TempPathFactory) -> Way:
     folder = tmp_path_factory.mktemp("way")
@@ -80,13 +67,13 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> Way:
     simulated = ok("simulate", "--rows", "600", "--out", folder / "logs")
     options = ["--logs", folder / "logs", "--encoder", "lexical", "--register", "router", "--tracking-uri", uri]
     first = ok("train", *options, "--out", folder / "bundle")
-    # The second time in a process of its own, by the installed command: other hash seeds, the same bytes.
+    # The second time in a process of its own, by the installed command: other hash seeds and threads, the same bytes.
     script = shutil.which("router-ml", path=str(Path(sys.executable).parent))
     assert script, "router-ml is not installed beside this Python"
     again = subprocess.run(
         [script, "train", *map(str, options), "--out", "again"],
         cwd=folder,
-        env=os.environ | ONE_THREAD,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,0 +1,166 @@
+"""The benchmarks run, say what they measured under stable keys, and their controls come out as controls do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from benchmarks.latency import main as latency_main
+from benchmarks.quality import main as quality_main
+from router_ml.catalog import Catalog
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNT = {"router", "router_min_probability", "knn_40", "knn_100", "ridge", "lightgbm_raw", "shuffled"}
+FIXED = {"always_cheapest", "best_single", "random_mix", "oracle"}
+
+
+def benchmark(module: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, options)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def invoked(command: click.Command, *options: str | Path) -> Result:
+    """The same in this process, which has loaded the libraries already."""
+    return CliRunner(env={"COLUMNS": "200"}).invoke(command, [str(option) for option in options])
+
+
+@pytest.fixture(scope="module")
+def matrix(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outcomes of 400 prompts on four models, as a user would keep them: which are hard can be read in their words."""
+    folder = tmp_path_factory.mktemp("matrix")
+    rng = np.random.default_rng(11)
+    nouns = np.array(
+        ["river", "stone", "cloud", "engine", "ledger", "market", "protein", "theorem", "tensor", "violin"]
+    )
+    rates = {"frontier": (0.97, 0.9), "mid": (0.95, 0.55), "hosted": (0.9, 0.4), "local": (0.9, 0.15)}
+    hard = rng.random(400) < 0.5
+    topics = [" ".join(rng.choice(nouns, 4)) for _ in hard]
+    columns: dict[str, Any] = {
+        "prompt": [
+            f"Prove rigorously that the {t} operator is bounded." if h else f"What is the plural of {t}?"
+            for h, t in zip(hard, topics, strict=True)
+        ],
+        "split": np.where(np.arange(400) < 240, "train", "test"),
+    }
+    for model in catalog.ids:
+        columns[f"correct/{model}"] = (rng.random(400) < np.where(hard, rates[model][1], rates[model][0])).astype(int)
+        columns[f"output_tokens/{model}"] = rng.integers(20, 60, 400) * np.where(hard, 8, 1)
+    pl.DataFrame(columns).write_parquet(folder / "outcomes.parquet")
+    (folder / "catalog.json").write_text(json.dumps(catalog.to_json()))
+    return folder / "outcomes.parquet"
+
+
+@pytest.fixture(scope="module")
+def quality(matrix: Path) -> tuple[dict[str, Any], str]:
+    """The table of two seeds on that matrix, as JSON and as printed."""
+    out = matrix.with_name("results") / "quality.json"
+    done = benchmark(
+        "quality", "--matrix", matrix, "--catalog", matrix.with_name("catalog.json"), "--seeds", "2",
+        "--encoder", "lexical", "--json", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [p.name for p in out.parent.iterdir()] == ["quality.json"]
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_every_row_has_its_measures_and_their_spread(quality: tuple[dict[str, Any], str]) -> None:
+    found, said = quality
+    assert (found["seeds"], found["encoder"]) == (2, "lexical")
+    assert set(found["custom"]) == LEARNT | FIXED
+    for row, values in found["custom"].items():
+        assert {"aiq_log", "aiq_log_sd"} <= set(values)
+        shares = [f"{share}{sd}" for share in ("0.9", "0.95", "0.98", "1.0") for sd in ("", "_sd")]
+        assert set(values["cost_at"]) == set(shares)
+        assert 0 < values["cost_at"]["0.9"] <= values["cost_at"]["0.95"] <= values["cost_at"]["1.0"] <= 1 + 1e-9
+        if row in LEARNT:
+            assert {f"{m}{sd}" for m in ("auc", "brier", "log_loss", "ece") for sd in ("", "_sd")} <= set(values)
+        assert row in said
+    assert found["custom"]["router"]["auc_sd"] > 0, "two seeds split differently"
+
+
+def test_the_rows_are_ordered_as_they_have_to_be(quality: tuple[dict[str, Any], str]) -> None:
+    rows = quality[0]["custom"]
+    cost = {row: values["cost_at"]["0.98"] for row, values in rows.items()}
+    assert rows["router"]["auc"] > 0.7, "the prompts say which of them are hard"
+    assert abs(rows["shuffled"]["auc"] - 0.5) < 0.06
+    assert cost["oracle"] <= cost["router"] < cost["shuffled"]
+    assert cost["router"] < cost["random_mix"]
+    assert rows["best_single"]["cost_at"]["1.0"] == rows["always_cheapest"]["cost_at"]["1.0"] == 1
+    assert rows["oracle"]["aiq_log"] > rows["router"]["aiq_log"] > rows["always_cheapest"]["aiq_log"]
+
+
+def test_a_named_split_trains(matrix: Path, tmp_path: Path) -> None:
+    own = ["--matrix", matrix, "--catalog", matrix.with_name("catalog.json"), "--encoder", "lexical", "--seeds", "1"]
+    done = invoked(quality_main, *own, "--train-split", "train", "--json", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out.json").read_text())["custom"]["router"]["auc"] > 0.7
+
+
+def test_what_does_not_fit_is_refused_in_words(matrix: Path, tmp_path: Path) -> None:
+    catalog, out = matrix.with_name("catalog.json"), tmp_path / "out.json"
+    pl.read_parquet(matrix).head(40).write_csv(tmp_path / "few.csv")
+    pl.read_parquet(matrix).drop("output_tokens/mid").write_csv(tmp_path / "costless.csv")
+    for options, text in {
+        ("--matrix", matrix, "--catalog", catalog, "--train-split", "dev"): "'dev' leaves 0 rows to train, 400 to test",
+        ("--matrix", tmp_path / "few.csv", "--catalog", catalog): "has 40 rows with every model's outcome; at least 50",
+        (
+            "--matrix",
+            tmp_path / "costless.csv",
+            "--catalog",
+            catalog,
+        ): "give cost_usd/<model>, output_tokens",
+        ("--matrix", matrix): "--matrix and --catalog go together",
+        ("--data", tmp_path): f"no published outcomes in {tmp_path}: give --data DIR",
+    }.items():
+        done = invoked(quality_main, *options, "--encoder", "lexical", "--json", out)
+        assert done.exit_code == 1 and text in done.stderr, done.output
+    done = invoked(latency_main, "--data", tmp_path)
+    assert done.exit_code == 1 and f"no published outcomes in {tmp_path}: give --data DIR" in done.stderr
+    assert not out.exists()
+
+
+def test_the_routellm_protocol_on_published_outcomes(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--data", data_dir, "--only", "routellm_gsm8k", "--seeds", "1", "--encoder", "lexical"]
+    done = invoked(quality_main, *options, "--json", out)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["routellm_gsm8k"]
+    assert set(rows) == LEARNT - {"router_min_probability"} | {"random_mix", "oracle", "published_routellm"}
+    assert 0.5 < rows["router"]["apgr"] < rows["oracle"]["apgr"], "the oracle may pass 1: it never pays for a worse one"
+    assert abs(rows["shuffled"]["apgr"] - 0.5) < 0.12
+    assert rows["router"]["cpt50"] < rows["router"]["cpt80"] <= 1
+    assert rows["published_routellm"] == {"apgr": 0.622, "cpt50": 0.3364, "cpt80": 0.6326}
+    assert "RouteLLM, published" in done.stdout
+
+
+def test_latency_by_stage(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latency.json"
+    done = benchmark(
+        "latency", "--data", data_dir, "--bundle", tiny_bundle, "--requests", "20", "--repeats", "2", "--json", out
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["candidates"] == 4 and found["prompts"]["count"] == 20
+    whole = found["decide_us"]
+    assert 0 < whole["p50"] <= whole["p99"]
+    assert 10 < whole["p50"] < 20_000, "a decision takes microseconds: neither nothing nor a training"
+    stages = found["stages_us"]
+    assert len(stages) >= 5 and all(0 < stage["p50"] <= stage["p99"] for stage in stages.values())
+    assert all(name in done.stdout for name in stages)
+    assert 0.4 * whole["p50"] < sum(stage["p50"] for stage in stages.values()) < 2.5 * whole["p50"]
