@@ -113,6 +113,18 @@ def _time(calls: list[Callable[[], object]], repeats: int) -> list[int]:
     return taken
 
 
+def reference_us() -> float:
+    """Median time of a fixed piece of plain Python, µs: says how fast the machine was just then."""
+    taken = []
+    for _ in range(200):
+        started = time.perf_counter_ns()
+        total = 0
+        for i in range(10_000):
+            total += i
+        taken.append(time.perf_counter_ns() - started)
+    return float(np.median(taken)) / 1000.0
+
+
 def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
     values = np.array(nanoseconds) / 1000.0
     return {
@@ -161,12 +173,14 @@ def main(data: Path, bundle: Path | None, count: int, repeats: int, encoder: str
     found |= {
         "candidates": len(router.catalog),
         "prompts": {"count": len(prompts), "median_chars": float(np.median(lengths)), "max_chars": max(lengths)},
+        "reference_us": reference_us(),
         "machine": platform.processor() or platform.machine(),
     }
     table = Table("stage", "p50 µs", "p99 µs", title=f"{len(router.catalog)} candidates, {len(prompts)} prompts")
     for name, value in {"decide": found["decide_us"], **found["stages_us"]}.items():
         table.add_row(name, f"{value['p50']:.0f}", f"{value['p99']:.0f}")
     console.print(table)
+    console.print(f"10,000 rounds of a plain Python loop just then: {found['reference_us']:.0f} µs")
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         aside = json_path.with_suffix(".tmp")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,12 @@ def run(problem: Problem, seed: int, encoder: StaticEncoder | str, *, controls: 
     for name, p in baselines(x, train.labels(THRESHOLD), x_test, seed=seed):
         out[name] = judge.of(p, flat)
     order = np.random.default_rng([seed, 1]).permutation(len(train))
-    shuffled = Dataset(
-        train.catalog, train.ids, train.requests, train.quality[order], train.output_tokens, train.input_tokens,
-        train.propensity[order], train.group,
-    )  # fmt: skip
+    shuffled = replace(
+        train,
+        quality=train.quality[order],
+        output_tokens=train.output_tokens[order],
+        propensity=train.propensity[order],
+    )
     out["shuffled"] = judge.of(*router(shuffled))
     out |= judge.references()
     return out
