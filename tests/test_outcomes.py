@@ -163,6 +163,9 @@ def test_full_logs_every_published_outcome(tmp_path: Path, catalog: Catalog) -> 
     import_outcomes(file, catalog, out=tmp_path / "log", preamble_tokens=100, progress=done.append)
     log = read_log(tmp_path / "log")
     assert log.schema == LOG_SCHEMA
+    assert log["time"].is_sorted()
+    assert log["time"].unique().sort().to_list() == [START + timedelta(seconds=s) for s in range(3)]
+    log = log.sort("request_id", "model")
     assert done == [5]
     assert list(zip(log["request_id"], log["model"], log["quality"], strict=True)) == [
         ("row-0000001", "frontier", 1.0),
@@ -173,7 +176,6 @@ def test_full_logs_every_published_outcome(tmp_path: Path, catalog: Catalog) -> 
     ]
     assert log["candidates"].to_list() == [["frontier", "local"]] * 2 + [["frontier"]] + [["frontier", "local"]] * 2
     assert set(log["propensity"]) == {1.0}
-    assert log["time"].to_list() == [START + timedelta(seconds=s) for s in (0, 0, 1, 2, 2)]
     assert log["session"].to_list() == ["s", "s", None, "s", "s"]
     assert set(log["input_tokens"]) == {103}  # "question 0" is ten characters
     assert log["output_tokens"].to_list() == [None, 3, None, None, 0]
@@ -190,8 +192,8 @@ def test_given_costs_win_over_prices_and_graded_quality_stays_exact(tmp_path: Pa
     file = write(matrix_frame(3, **columns), tmp_path / "m.parquet")
     import_outcomes(file, catalog, out=tmp_path / "log")
     log = read_log(tmp_path / "log")
-    assert log.filter(model="mid")["quality"].to_list() == [0.7, 0.1, 0.3]
-    costs = log.filter(model="local")["cost_usd"].to_list()
+    assert log.filter(model="mid").sort("request_id")["quality"].to_list() == [0.7, 0.1, 0.3]
+    costs = log.filter(model="local").sort("request_id")["cost_usd"].to_list()
     assert (costs[0], costs[2]) == (0.125, 0.0)
     assert costs[1] == pytest.approx((3 * 0.05 + 8 * 0.1) * 1e-6)
 
@@ -255,7 +257,9 @@ def test_published_mmlu_pro(tmp_path: Path, published: tuple[Path, Catalog], log
     log = read_log(tmp_path / "log")
     assert log["cost_usd"].null_count() == 0
     assert log["task"].n_unique() == 14
-    assert log.unique("request_id", maintain_order=True)["candidates"].list.len().to_list() == candidates.to_list()
+    by_prompt = log.unique("request_id").select("request_id", n=pl.col("candidates").list.len().cast(pl.UInt32))
+    expected = raw.select(request_id=pl.col("question_id").cast(pl.String), n=candidates.cast(pl.UInt32))
+    assert by_prompt.sort("request_id").equals(expected.sort("request_id"))
     if logging == "full":
         for model, mean in log.group_by("model").agg(pl.col("quality").mean()).iter_rows():
             assert mean == pytest.approx(raw[f"correct/{model}"].mean())
@@ -275,3 +279,15 @@ def test_published_routellm(tmp_path: Path, published: tuple[Path, Catalog], nam
     log = read_log(tmp_path / "log")
     assert log["cost_usd"].null_count() == log["output_tokens"].null_count() == log.height
     assert log["model"].unique().sort().to_list() == ["gpt-4-1106-preview", "mixtral-8x7b-instruct-v0.1"]
+
+
+def test_prompts_arrive_in_an_order_drawn_under_the_seed(tmp_path: Path, catalog: Catalog) -> None:
+    """A matrix sorted by subject must not make a split by time a split by subject."""
+    file = write(matrix_frame(50), tmp_path / "m.parquet")
+    orders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        import_outcomes(file, catalog, out=tmp_path / name, seed=seed)
+        orders.append(read_log(tmp_path / name)["request_id"].unique(maintain_order=True).to_list())
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+    assert sorted(orders[0]) == sorted(orders[2])
