@@ -67,9 +67,13 @@ class CandidateFeaturizer:
         return (*PARTS, *(f"{p}_mean" for p in PARTS), *DESCRIPTORS, *STATISTICS)
 
     @cached_property
-    def _descriptors(self) -> FloatArray:
-        prices = np.log1p(np.stack([self.catalog.input_price, self.catalog.output_price], axis=1) * 1e6)
-        return np.concatenate([self.success[:, None], prices], axis=1).astype(np.float32)
+    def _template(self) -> FloatArray:
+        """A row per model with its descriptors filled in, [m, d]."""
+        rows = np.zeros((len(self.catalog), len(self.names)), dtype=np.float32)
+        rows[:, 2 * len(PARTS)] = self.success
+        rows[:, 2 * len(PARTS) + 1] = np.log1p(self.catalog.input_price * 1e6)
+        rows[:, 2 * len(PARTS) + 2] = np.log1p(self.catalog.output_price * 1e6)
+        return rows
 
     def with_heads(self, heads: OutcomeHeads, success: FloatArray) -> CandidateFeaturizer:
         """The same path with other heads: what a fold of training uses."""
@@ -83,10 +87,9 @@ class CandidateFeaturizer:
         """Rows [m, d] from a request's own features."""
         parts, tokens = self.heads.apply(features.kernel, features.term_ids, self.requests.lexicon)
         k, m = parts.shape
-        rows = np.empty((m, 2 * k + len(DESCRIPTORS) + len(STATISTICS)), dtype=np.float32)
+        rows = self._template.copy()
         rows[:, :k] = parts.T
-        rows[:, k : 2 * k] = np.add.reduce(parts, axis=1) / np.float32(m)
-        rows[:, 2 * k : 2 * k + len(DESCRIPTORS)] = self._descriptors
-        rows[:, 2 * k + len(DESCRIPTORS) :] = features.statistics
+        rows[:, k : 2 * k] = np.add.reduce(parts, axis=1) * np.float32(1.0 / m)
+        rows[:, -len(STATISTICS) :] = features.statistics
         a, b = self.input_tokens_fit
         return CandidateFeatures(rows, parts, tokens, a + b * features.chars)

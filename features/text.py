@@ -9,9 +9,9 @@ import numpy as np
 
 from router_ml.types import FloatArray, RouteRequest
 
-MAX_CHARS = 2048
+MAX_CHARS = 1024
 """Characters of a conversation that are read for features: bounds the time of a decision, whatever is sent."""
-_HEAD = 1536
+_HEAD = 768
 _SHORT_TURN = 200
 
 STATISTICS = (
@@ -25,7 +25,6 @@ STATISTICS = (
     "symbol_share",
     "questions",
     "chars_per_word",
-    "distinct_share",
     "list_marks",
     "code_marks",
     "log_conversation_chars",
@@ -35,8 +34,8 @@ STATISTICS = (
     "attachments",
 )
 
-_LIST_MARKS = ("\n(", "\n-", "\n1")
-_CODE_MARKS = ("```", ";\n", "\\")
+_LIST_MARKS = ("\n(", "\n-")
+_CODE_MARKS = ("```", ";\n")
 
 _CLASSES = (
     b"0123456789",
@@ -75,7 +74,7 @@ def request_text(request: RouteRequest) -> str:
         if room <= 0:
             break
         if position < last_user:
-            text = text[-min(room, 1024) :]
+            text = text[-room:]
         parts.append(text)
         size += len(text) + 1
     return _cut("\n".join(reversed(parts)))
@@ -97,6 +96,7 @@ def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> 
     size = max(len(data), 1)
     counts = [data.count(number) for number in _COUNTED]
     n_words = max(len(text_words), 1)
+    chars = conversation_chars(request)
     return np.array(
         [
             math.log1p(len(text)),
@@ -109,14 +109,13 @@ def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> 
             counts[5] / size,
             min(counts[6], 10),
             len(text) / n_words,
-            len(set(text_words)) / n_words,
-            min(sum(map(text.count, _LIST_MARKS)), 50),
-            min(sum(map(text.count, _CODE_MARKS)), 50),
-            math.log1p(conversation_chars(request)),
+            min(text.count(_LIST_MARKS[0]) + text.count(_LIST_MARKS[1]), 50),
+            min(text.count(_CODE_MARKS[0]) + text.count(_CODE_MARKS[1]), 50),
+            math.log1p(chars),
             min(len(request.messages), 100),
             math.log1p(request.tools_chars),
             min(request.tools, 100),
-            min(sum(m.attachments for m in request.messages), 20),
+            min(sum([m.attachments for m in request.messages]), 20),
         ],
         dtype=np.float32,
     )
@@ -124,7 +123,7 @@ def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> 
 
 def conversation_chars(request: RouteRequest) -> int:
     """Characters that a model would have to read: every message and the tool definitions."""
-    return sum(len(m.text) for m in request.messages) + request.tools_chars
+    return sum([len(m.text) for m in request.messages]) + request.tools_chars
 
 
 def _cut(text: str) -> str:

@@ -80,8 +80,7 @@ def write_bundle(out: str | Path, manifest: Mapping[str, Any], files: Mapping[st
     A directory that already holds a bundle is replaced. Raises InputError when `out` is something else.
     """
     out = Path(out)
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle: choose another --out, or remove it")
+    check_replaceable(out)
     full = {
         "format": FORMAT,
         **manifest,
@@ -109,6 +108,12 @@ def write_bundle(out: str | Path, manifest: Mapping[str, Any], files: Mapping[st
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return digest[:12]
+
+
+def check_replaceable(out: Path) -> None:
+    """Raises InputError when `out` holds something other than a bundle: ask before the work, not after it."""
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle: choose another --out, or remove it")
 
 
 def read_bundle(path: str | Path) -> Bundle:

@@ -262,7 +262,9 @@ def route(
         prompt=prompt, min_probability=min_probability, tier=tier,
         willingness_to_pay_usd=willingness_to_pay_usd, max_cost_usd=max_cost_usd,
     )  # fmt: skip
-    click.echo(json.dumps(dataclasses.asdict(router.decide(request)), indent=1))
+    decision = router.decide(request)
+    candidates = [candidate._asdict() for candidate in decision.candidates]
+    click.echo(json.dumps({**dataclasses.asdict(decision), "candidates": candidates}, indent=1))
 
 
 @main.command()

@@ -151,6 +151,7 @@ class Constraints:
     region: Mapping[str, BoolArray]
     key: Mapping[str, BoolArray]
     least_window: int
+    every: BoolArray
 
     @classmethod
     def compile(cls, catalog: Catalog, policy: Policy) -> Constraints:
@@ -171,13 +172,14 @@ class Constraints:
             region=masks([c.regions for c in catalog]),
             key={k: mask([c.id in models for c in catalog]) for k, models in policy.keys.items()},
             least_window=min(c.context_window for c in catalog),
+            every=np.ones(len(catalog), dtype=bool),
         )
 
     def eligible(
         self, request: RouteRequest, policy: Policy, cost_usd: FloatArray, input_tokens: float
     ) -> tuple[BoolArray, dict[str, str]]:
         """Which models may serve the request, bool [m], and why each of the others may not."""
-        mask = np.ones(len(self.catalog), dtype=bool)
+        mask = self.every
         excluded: dict[str, str] = {}
 
         def require(allowed: BoolArray | None, reason: str) -> None:

@@ -49,7 +49,8 @@ class Calibration:
 
     def apply(self, p: FloatArray) -> FloatArray:
         """Calibrated probabilities, the same shape [..., m] as the scores."""
-        return (1.0 / (1.0 + np.exp(-(self.slope * logit(p) + self.intercept)))).astype(np.float32)
+        odds = np.exp(-self.intercept - self.slope * logit(p))
+        return np.reciprocal(odds + 1.0).astype(np.float32)
 
 
 class RowPredictor:
@@ -65,19 +66,13 @@ class RowPredictor:
     def __call__(self, rows: FloatArray) -> FloatArray:
         """Probabilities float32 [m] of C-contiguous float32 rows [m, d]."""
         m, d = rows.shape
-        out, length = np.empty(m, dtype=np.float64), ctypes.c_int64()
+        out, length = (ctypes.c_double * m)(), ctypes.c_int64()
+        at = ctypes.byref(ctypes.c_char.from_buffer(rows.data))
         # float32 (0), row-major (1), normal prediction (0), from the first iteration (0) to the last (-1)
-        status = _predict(
-            self._handle, _address(rows), 0, m, d, 1, 0, 0, -1, b"num_threads=1", ctypes.byref(length), _address(out)
-        )
+        status = _predict(self._handle, at, 0, m, d, 1, 0, 0, -1, b"num_threads=1", ctypes.byref(length), out)
         if status:
             raise lgb.basic.LightGBMError(_LIB.LGBM_GetLastError().decode())
-        return out.astype(np.float32)
-
-
-def _address(array: npt.NDArray[np.floating]) -> int:
-    at: int = array.__array_interface__["data"][0]
-    return at
+        return np.array(out, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Router:
         estimate = self.estimator.estimate(request)
         cost = self.expected_cost(request, estimate)
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens)
-        if not eligible.any():
+        if eligible is not self.constraints.every and not eligible.any():
             raise NoEligibleModelError(
                 "no model satisfies the request's constraints: relax one of them, or clear a model for it", excluded
             )
@@ -71,7 +71,7 @@ class Router:
             eligible,
             min_probability,
             willingness_to_pay_usd=request.willingness_to_pay_usd,
-            pinned=next((self.catalog.index[r.model] for r in policy.rules if r.matches(request)), None),
+            pinned=self._pinned(request) if policy.rules else None,
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
             unmet=policy.unmet,
             exploration_rate=policy.exploration_rate,
@@ -91,6 +91,9 @@ class Router:
             model_version=self.model_version,
             policy_version=policy.version,
         )
+
+    def _pinned(self, request: RouteRequest) -> int | None:
+        return next((self.catalog.index[rule.model] for rule in self.policy.rules if rule.matches(request)), None)
 
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
         """Expected cost of one answer per model in USD, float32 [m]; a request's `max_tokens` caps the output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +71,11 @@ class RouteRequest:
     max_cost_usd: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One eligible model with its calibrated probability of an acceptable answer and its expected cost in USD."""
+class Candidate(NamedTuple):
+    """One eligible model with its calibrated probability of an acceptable answer and its expected cost in USD.
+
+    A decision makes one for every model: a tuple takes a third of the time of a frozen dataclass.
+    """
 
     model: str
     p_ok: float

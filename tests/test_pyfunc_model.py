@@ -37,6 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, catalog: Catalog) -> Path:
     n, m = p_ok.shape
     data = Dataset(
         catalog,
+        [str(i) for i in range(n)],
         [RouteRequest(messages=(Message("user", prompt),)) for prompt in prompts],
         (rng.random((n, m)) < p_ok).astype(np.float32),
         np.full((n, m), 200.0, dtype=np.float32),

@@ -17,9 +17,9 @@ from features.text import text_statistics
 from router_ml.types import FloatArray, RouteRequest
 
 Array = npt.NDArray[np.float64]
-LANDMARKS = 512
+LANDMARKS = 384
 GAMMA = 4.0
-KERNEL_DIM = 320
+KERNEL_DIM = 256
 LEXICAL_DIM = 256
 MAX_TERMS = 30_000
 STATISTICS_SCALE = 0.03

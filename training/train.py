@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from features.load import save_router
+from router_ml.bundle import check_replaceable
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.logs import log_sha256, read_log
@@ -64,6 +65,7 @@ def train(
         raise InputError(f"--quality-threshold {threshold} has to lie in (0, 1]")
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
+    check_replaceable(Path(out))
     frame = logs if isinstance(logs, pl.DataFrame) else read_log(logs)
     present = set(frame["model"].unique().to_list())
     catalog = catalog.subset([model for model in catalog.ids if model in present] or list(catalog.ids))
