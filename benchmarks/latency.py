@@ -5,8 +5,9 @@
 The router is trained on MMLU-Pro (13 models, 7,000 requests of seed 0); the prompts are 300 that it has not seen, a
 third each of MMLU-Pro, MMLU and GSM8K, so that their length is like that of real traffic (median some 300 characters).
 A virtual processor's speed wanders by half from second to second. So the requests are timed in twelve blocks, a fixed
-loop of plain Python before and after each, and `decide_us` is over the third of the blocks in which that loop, not the
-router, was fastest; `decide_us.all_blocks` is over all of them. Microseconds of wall clock.
+loop of plain Python before and after each; `decide_us` is over all blocks, `decide_us.quiet` over the third in which
+that loop, not the router, was fastest. `first_sight_us` is the first decision on half of the prompts, after a warm-up
+on words of the other half: words that were never seen have to be cut into pieces. Microseconds of wall clock.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def trained_bundle(folder: Path, to: Path, encoder: str) -> None:
 
 def measure(router: Router, requests: list[RouteRequest], repeats: int) -> dict[str, Any]:
     """Percentiles of the whole decision and of each stage, timed one after another so that each finds the caches so."""
+    first_sight = _first_sight(router, requests)
     whole = _time([lambda r=r: router.decide(r) for r in requests], repeats)
     estimator = router.estimator
     assert isinstance(estimator, LearnedEstimator)
@@ -101,7 +103,28 @@ def measure(router: Router, requests: list[RouteRequest], repeats: int) -> dict[
             cost = router.expected_cost(request, estimate)
             router.constraints.eligible(request, router.policy, cost, estimate.input_tokens)
             lap("cost_and_constraints", t)
-    return {"decide_us": whole, "stages_us": {name: _percentiles(v) for name, v in stages.items()}}
+    return {
+        "decide_us": whole,
+        "first_sight_us": first_sight,
+        "stages_us": {name: _percentiles(v) for name, v in stages.items()},
+    }
+
+
+def _first_sight(router: Router, requests: list[RouteRequest]) -> dict[str, float]:
+    """Each request's first decision, after three seconds of decisions on the words of the others, shuffled."""
+    rng = np.random.default_rng(1)
+    seen = " ".join(request.messages[0].text for request in requests[::2]).split()
+    others = [request_of(prompt=" ".join(rng.permutation(seen)[:60])) for _ in range(100)]
+    until = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < until:
+        for request in others:
+            router.decide(request)
+    taken = []
+    for request in requests[1::2]:
+        started = time.perf_counter_ns()
+        router.decide(request)
+        taken.append(time.perf_counter_ns() - started)
+    return _percentiles(taken)
 
 
 def _time(calls: list[Callable[[], object]], repeats: int) -> dict[str, Any]:
@@ -127,12 +150,9 @@ def _time(calls: list[Callable[[], object]], repeats: int) -> dict[str, Any]:
     blocks.sort(key=lambda block: block[0])
     quiet = blocks[: BLOCKS // 3]
     return {
-        **_percentiles([t for _, taken in quiet for t in taken]),
-        "reference_us": quiet[-1][0],
-        "all_blocks": {
-            **_percentiles([t for _, taken in blocks for t in taken]),
-            "reference_us": [round(reference) for reference, _ in blocks],
-        },
+        **_percentiles([t for _, taken in blocks for t in taken]),
+        "reference_us": [round(reference) for reference, _ in blocks],
+        "quiet": {**_percentiles([t for _, taken in quiet for t in taken]), "reference_us": round(quiet[-1][0])},
     }
 
 
@@ -199,14 +219,17 @@ def main(data: Path, bundle: Path | None, count: int, repeats: int, encoder: str
         "machine": platform.processor() or platform.machine(),
     }
     table = Table("stage", "p50 µs", "p99 µs", title=f"{len(router.catalog)} candidates, {len(prompts)} prompts")
-    for name, value in {"decide": found["decide_us"], **found["stages_us"]}.items():
+    for name, value in {
+        "decide": found["decide_us"],
+        "first sight": found["first_sight_us"],
+        **found["stages_us"],
+    }.items():
         table.add_row(name, f"{value['p50']:.0f}", f"{value['p99']:.0f}")
     console.print(table)
-    whole = found["decide_us"]
+    whole, quiet = found["decide_us"], found["decide_us"]["quiet"]
     console.print(
-        f"in the quiet third of the blocks (fixed loop at most {whole['reference_us']:.0f} µs); in all of them "
-        f"{whole['all_blocks']['p50']:.0f} and {whole['all_blocks']['p99']:.0f} (fixed loop "
-        f"{whole['all_blocks']['reference_us'][0]} to {whole['all_blocks']['reference_us'][-1]} µs)"
+        f"the fixed loop took {whole['reference_us'][0]} to {whole['reference_us'][-1]} µs; in the quiet third of the "
+        f"blocks (at most {quiet['reference_us']}) a decision took {quiet['p50']:.0f} and {quiet['p99']:.0f}"
     )
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,7 @@ def load_own(file: Path, catalog_file: Path, train_split: str | None) -> Problem
     )
 
 
-def run(problem: Problem, seed: int, encoder: StaticEncoder | str, *, controls: bool) -> dict[str, dict[str, Any]]:
+def run(problem: Problem, seed: int, encoder: StaticEncoder | str) -> dict[str, dict[str, Any]]:
     """All rows of the table for one seed."""
     train_rows, test_rows = problem.split(seed)
     full, test = problem.data.take(train_rows), problem.data.take(test_rows)
@@ -127,14 +127,10 @@ def run(problem: Problem, seed: int, encoder: StaticEncoder | str, *, controls: 
     out["router"] = judge.of(p_ok, expected)
     if cost is not None:
         out["router_min_probability"] = judge.of(p_ok, expected, by="probability")
-    if not controls:
-        return out
-    mean_tokens = np.nan_to_num(np.nanmean(train.output_tokens, axis=0), nan=256.0) if cost is not None else 0.0
-    flat = test.input_tokens[:, None] * test.catalog.input_price + mean_tokens * test.catalog.output_price
     static = encoder if isinstance(encoder, StaticEncoder) else make_encoder(encoder, _words(train), seed=seed)
     x, x_test = _embed(static, _words(train)), _embed(static, _words(test))
     for name, p in baselines(x, train.labels(THRESHOLD), x_test, seed=seed):
-        out[name] = judge.of(p, flat)
+        out[name] = judge.of(p, expected)  # the router's own cost estimate: only the probabilities differ
     order = np.random.default_rng([seed, 1]).permutation(len(train))
     shuffled = replace(
         train,
@@ -317,7 +313,7 @@ def main(
         with console.status(f"{name}") as status:
             for seed in range(seeds):
                 status.update(f"{name}: seed {seed + 1} of {seeds}, {time.perf_counter() - started:.0f} s")
-                runs.append(run(problem, seed, shared, controls=True))
+                runs.append(run(problem, seed, shared))
         results[name] = summarise(runs)
         if name in PUBLISHED:
             results[name]["published_routellm"] = PUBLISHED[name]

@@ -122,8 +122,8 @@ def text_statistics(request: RouteRequest, text: str, text_words: list[str]) -> 
 
 
 def conversation_chars(request: RouteRequest) -> int:
-    """Characters that a model would have to read: every message and the tool definitions."""
-    return sum([len(m.text) for m in request.messages]) + request.tools_chars
+    """Characters that a model would have to read: every message, its tool calls and attachments, and the tools."""
+    return sum([len(m.text) + m.extra_chars for m in request.messages]) + request.tools_chars
 
 
 def _cut(text: str) -> str:

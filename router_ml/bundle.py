@@ -97,23 +97,41 @@ def write_bundle(out: str | Path, manifest: Mapping[str, Any], files: Mapping[st
                 handle.flush()
                 os.fsync(handle.fileno())
         aside.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / "bundle")
-            aside.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            aside.rename(out)
+        old = aside.with_name(f"{aside.name}.old")
+        swap(aside, out, old)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return digest[:12]
 
 
+def swap(new: Path, to: Path, old: Path) -> None:
+    """Renames the bundle `new` to `to`; what was there becomes `old`, and comes back when the renaming fails."""
+    if to.exists():
+        to.replace(old)
+    try:
+        new.replace(to)
+    except OSError:
+        if (to / MANIFEST).is_file():  # another process was first with it
+            return
+        if old.exists():
+            old.replace(to)
+        raise
+
+
 def check_replaceable(out: Path) -> None:
-    """Raises InputError when `out` holds something other than a bundle: ask before the work, not after it."""
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle: choose another --out, or remove it")
+    """Raises InputError when `out` holds anything but a bundle's own files: ask before the work, not after it."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        listed = set(json.loads((out / MANIFEST).read_bytes())["files"])
+        foreign = {path.name for path in out.iterdir()} - listed - {MANIFEST, MANIFEST_HASH}
+        if not foreign and (out / MANIFEST_HASH).is_file():
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{out} exists and is not a bundle, or not only that: choose another folder, or remove it")
 
 
 def read_bundle(path: str | Path) -> Bundle:

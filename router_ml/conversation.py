@@ -11,6 +11,9 @@ from router_ml.types import Message, RouteRequest
 
 # The kinds of part that are words; a part of any other kind is an attachment.
 _SPOKEN = ("text", "refusal", "thinking", "reasoning")
+ATTACHMENT_CHARS = 4000
+"""What a picture or file counts for in a context window, as characters of text: some 1,000 tokens."""
+_PICTURES = ("image_url", "image", "input_image")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
@@ -79,9 +82,10 @@ def _message(position: int, entry: Any) -> Message:
     role = entry.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}.role has to be one of {', '.join(sorted(ROLES))}")
-    calls = entry.get("tool_calls")
+    calls = entry.get("tool_calls") or entry.get("function_call")
     text, attachments = _content(where, entry.get("content"))
-    return Message(role, text, attachments, len(calls) if isinstance(calls, list) else 0)
+    extra = len(json.dumps(calls)) if calls else 0
+    return Message(role, text, attachments, extra + attachments * ATTACHMENT_CHARS)
 
 
 def _content(where: str, content: Any) -> tuple[str, int]:
@@ -97,6 +101,8 @@ def _content(where: str, content: Any) -> tuple[str, int]:
             texts.append(part)
         elif not isinstance(part, Mapping):
             raise InputError(f"{where}.content has a part that is neither a string nor an object")
+        elif part.get("type") in _PICTURES:
+            attachments += 1
         elif words := [part[name] for name in _SPOKEN if isinstance(part.get(name), str)]:
             texts.append(words[0])
         elif part.get("type") not in _SPOKEN:

@@ -116,10 +116,12 @@ class Policy:
         return self
 
     def min_probability(self, request: RouteRequest) -> float:
-        """The dial of this request.
+        """The dial of this request; 0 where only a willingness to pay is given, which then decides alone.
 
         Raises InputError for an unknown tier, a probability outside [0, 1], or both of them at once.
         """
+        if request.willingness_to_pay_usd is not None and request.tier is None and request.min_probability is None:
+            return 0.0
         if request.min_probability is not None:
             if request.tier is not None:
                 raise InputError("give 'tier' or 'min_probability', not both")

@@ -19,11 +19,11 @@ _EPS = 1e-3
 
 # The loaded library: its C API is documented, only the Python name for it is private.
 _LIB = lgb.basic._LIB  # type: ignore[attr-defined]
-_predict = _LIB.LGBM_BoosterPredictForMat
-_predict.argtypes = [
-    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_int, ctypes.c_int,
-    ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p,
-]  # fmt: skip
+# A prototype of our own: LightGBM's Python code goes on using the library's.
+_predict = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_int,
+    ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p,
+)(("LGBM_BoosterPredictForMat", _LIB))  # fmt: skip
 
 
 def blend(booster: FloatArray, parts: FloatArray) -> FloatArray:
@@ -65,6 +65,8 @@ class RowPredictor:
 
     def __call__(self, rows: FloatArray) -> FloatArray:
         """Probabilities float32 [m] of C-contiguous float32 rows [m, d]."""
+        if rows.dtype != np.float32:
+            raise TypeError(f"rows have to be float32, not {rows.dtype}")
         m, d = rows.shape
         out, length = (ctypes.c_double * m)(), ctypes.c_int64()
         at = ctypes.byref(ctypes.c_char.from_buffer(rows.data))

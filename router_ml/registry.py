@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_ml.bundle import MANIFEST
+from router_ml.bundle import MANIFEST, check_replaceable, swap
 from router_ml.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -106,11 +106,10 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
     """Copies the bundle of one version to the directory `to` and returns it.
 
     The copy is made aside and renamed, so `to` is never half a bundle; a bundle that is there already is replaced. What
-    the files hold is checked where the bundle is loaded. Raises RegistryError.
+    the files hold is checked where the bundle is loaded. Raises RegistryError, InputError when `to` is not a bundle.
     """
     to = Path(to)
-    if to.exists() and not (to / MANIFEST).is_file() and (not to.is_dir() or any(to.iterdir())):
-        raise RegistryError(f"{to} is there and is not a bundle: name a folder that does not exist yet")
+    check_replaceable(to)
     client = _open(uri)
     with _reported(uri):
         _version(client, uri, name, version, None)
@@ -124,7 +123,7 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
                     f"version {version} of {name!r} holds no bundle (no {MANIFEST} in {source}): register it again "
                     f"with `router-ml train --register {name}`"
                 )
-            _swap(fetched, to, aside / "old")
+            swap(fetched, to, aside / "old")
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return to
@@ -241,19 +240,6 @@ def _bundle_path(uri: str, name: str, version: str, source: str, aside: Path) ->
             f"version {version} of {name!r} was not made by router-ml: its model has no artifact {BUNDLE!r}; register "
             f"a bundle with `router-ml train --register {name}`"
         ) from None
-
-
-def _swap(new: Path, to: Path, old: Path) -> None:
-    if to.exists():
-        to.replace(old)
-    try:
-        new.replace(to)
-    except OSError:
-        if (to / MANIFEST).is_file():  # another process was first with it
-            return
-        if old.exists():
-            old.replace(to)
-        raise
 
 
 def _fetch(uri: str, artifact_uri: str, to: Path) -> Path:

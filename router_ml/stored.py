@@ -56,8 +56,9 @@ def counts(engine: sa.Engine) -> dict[str, int]:
 def log_rows(engine: sa.Engine, since_us: int = 0) -> Iterator[dict[str, Any]]:
     """One `log_row` per decision from `since_us` on, oldest first.
 
-    An outcome belongs to the decision it names; one that names only a request belongs to that request's latest
-    decision. Later outcomes add to the earlier ones, and override them where both report the same thing.
+    An outcome belongs to the decision it names; one that names only a request belongs to the latest decision that the
+    same API key asked for under that id. Later outcomes add to the earlier ones, and override them where both report
+    the same thing.
     """
     for page in pages(engine, DECISIONS, since_us):
         reported = _reported(engine, page)
@@ -94,16 +95,23 @@ def _reported(engine: sa.Engine, page: Sequence[Mapping[str, Any]]) -> dict[str,
     requests = {row["request_id"] for row in page} - {None}
     by_decision = sa.select(OUTCOMES.c.decision_id.label("owner"), OUTCOMES).where(OUTCOMES.c.decision_id.in_(ids))
     newest = sa.func.row_number().over(
-        partition_by=DECISIONS.c.request_id, order_by=(DECISIONS.c.time_us.desc(), DECISIONS.c.decision_id.desc())
+        partition_by=(DECISIONS.c.key, DECISIONS.c.request_id),
+        order_by=(DECISIONS.c.time_us.desc(), DECISIONS.c.decision_id.desc()),
     )
     of_request = (
-        sa.select(DECISIONS.c.request_id, DECISIONS.c.decision_id.label("owner"), newest.label("age"))
+        sa.select(DECISIONS.c.request_id, DECISIONS.c.key, DECISIONS.c.decision_id.label("owner"), newest.label("age"))
         .where(DECISIONS.c.request_id.in_(requests))
         .subquery()
     )
     by_request = (
         sa.select(of_request.c.owner, OUTCOMES)
-        .join(of_request, of_request.c.request_id == OUTCOMES.c.request_id)
+        .join(
+            of_request,
+            sa.and_(
+                of_request.c.request_id == OUTCOMES.c.request_id,
+                of_request.c.key.is_not_distinct_from(OUTCOMES.c.key),
+            ),
+        )
         .where(OUTCOMES.c.decision_id.is_(None), of_request.c.age == 1, of_request.c.owner.in_(ids))
     )
     with engine.connect() as connection:

@@ -36,12 +36,15 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `text` is its readable text, `attachments` counts its images, files and audio."""
+    """One turn of a conversation; `text` is its readable text, `attachments` counts its images, files and audio.
+
+    `extra_chars` is what a model reads beside the text: tool calls as JSON, and a nominal length for each attachment.
+    """
 
     role: str
     text: str
     attachments: int = 0
-    tool_calls: int = 0
+    extra_chars: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -191,6 +191,9 @@ def create_app(settings: Settings) -> FastAPI:
     Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
     """
     live = LiveRouter(settings.bundle, settings.policy)
+    unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
+    if unknown:
+        log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     store = Store(settings.store, interval=settings.commit_seconds)
     service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store))
 

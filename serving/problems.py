@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem details: each says what to change, none quotes what was sent."""
+"""Errors as RFC 9457 problem details: each says what to change, none quotes a prompt."""
 
 from __future__ import annotations
 

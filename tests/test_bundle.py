@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.load import load_router
-from router_ml.bundle import FORMAT, MANIFEST, MANIFEST_HASH, pack_arrays, read_bundle, unpack_arrays, write_bundle
+from router_ml.bundle import (
+    FORMAT,
+    MANIFEST,
+    MANIFEST_HASH,
+    pack_arrays,
+    read_bundle,
+    swap,
+    unpack_arrays,
+    write_bundle,
+)
 from router_ml.conversation import request_of
 from router_ml.errors import BundleError, InputError
 
@@ -127,3 +136,22 @@ def test_a_loaded_router_decides_as_the_fitted_one(tiny_bundle: Path, tiny_log: 
         assert np.array_equal(ours.p_ok, theirs.p_ok)
         assert np.array_equal(ours.output_tokens, theirs.output_tokens)
         assert ours.input_tokens == theirs.input_tokens
+
+
+def test_a_folder_with_a_manifest_of_another_kind_is_not_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / MANIFEST).write_text('{"name": "web app"}')
+    with pytest.raises(InputError, match="not a bundle"):
+        write_bundle(tmp_path / "app", {}, FILES)
+    write_bundle(tmp_path / "b", {}, FILES)
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="or not only that"):
+        write_bundle(tmp_path / "b", {}, FILES)
+    assert (tmp_path / "b" / "notes.txt").read_text() == "mine"
+
+
+def test_a_swap_that_fails_brings_the_old_bundle_back(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", {}, FILES)
+    with pytest.raises(OSError):
+        swap(tmp_path / "never made", tmp_path / "b", tmp_path / "old")
+    assert read_bundle(tmp_path / "b").files == FILES

@@ -67,3 +67,12 @@ def test_weights_undo_the_logging_policys_preference() -> None:
     plain = calibrate(score[:, None], y[:, None]).apply(score[:, None].astype(np.float32))
     assert abs(weighted.mean() - p_true.mean()) < 0.02
     assert abs(plain.mean() - p_true.mean()) > 0.08
+
+
+def test_a_model_whose_scores_are_upside_down_has_its_mean() -> None:
+    p, y = _scores(3000, 3, 7)
+    y[:, 2] = np.random.default_rng(8).random(3000) < 0.6 * (1 - p[:, 2])
+    promised = calibrate(p, y).apply(p.astype(np.float32))
+    assert np.ptp(promised[:, 2]) == 0.0
+    assert promised[0, 2] == pytest.approx(y[:, 2].mean(), abs=0.01)
+    assert np.ptp(promised[:, 0]) > 0.5

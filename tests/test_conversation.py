@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router_ml.conversation import parse_messages, request_of, request_of_log_row
+from router_ml.conversation import ATTACHMENT_CHARS, parse_messages, request_of, request_of_log_row
 from router_ml.errors import InputError
 from router_ml.types import Message
 
@@ -26,11 +26,11 @@ def test_a_conversation_keeps_every_turn_and_what_it_carries() -> None:
     ]
     assert parse_messages(raw) == (
         Message("system", "Be brief."),
-        Message("user", "What is\nthis?", attachments=1),
-        Message("assistant", "", tool_calls=2),
+        Message("user", "What is\nthis?", attachments=1, extra_chars=ATTACHMENT_CHARS),
+        Message("assistant", "", extra_chars=len('[{"id": "1"}, {"id": "2"}]')),
         Message("tool", "a cat"),
-        Message("assistant", "no"),
-        Message("user", "and", attachments=1),
+        Message("assistant", "no", extra_chars=1),
+        Message("user", "and", attachments=1, extra_chars=ATTACHMENT_CHARS),
     )
 
 
@@ -81,3 +81,15 @@ def test_a_log_row_reads_as_the_live_request_does() -> None:
 def test_what_is_not_a_request_is_refused_without_quoting_it(parts: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         request_of(**parts)
+
+
+def test_a_picture_with_a_caption_is_still_a_picture() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:,"}, "text": "caption"}
+    request = request_of(messages=[{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}])
+    assert request.needs == {"vision"}
+
+
+def test_what_tools_were_called_with_counts_for_the_context_window() -> None:
+    calls = [{"id": "1", "function": {"name": "f", "arguments": "x" * 400_000}}]
+    request = request_of(messages=[{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": calls}])
+    assert sum(message.extra_chars for message in request.messages) > 400_000

@@ -84,3 +84,11 @@ def test_sessions_never_fall_on_both_sides(catalog: Catalog) -> None:
         assert len(set(folds[data.group == group])) == 1
     assert np.array_equal(folds, folds_of(data, 5, seed=0))
     assert not np.array_equal(folds, folds_of(data, 5, seed=1))
+
+
+def test_a_fallbacks_propensity_is_that_of_another_model(catalog: Catalog) -> None:
+    first, second = catalog.ids[:2]
+    rows = [{"prompt": "a", "model": second, "fallback_from": first, "propensity": 0.95, "quality": 1.0}]
+    data = build_dataset(_log(catalog, rows), catalog)
+    assert data.quality[0, 1] == 1.0
+    assert np.isnan(data.propensity[0]).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from router_ml.bundle import read_bundle, write_bundle
-from router_ml.errors import BundleError, RegistryError
+from router_ml.errors import BundleError, InputError, RegistryError
 from router_ml.registry import ModelVersion, connect, download, ensure_store, promote, resolve, versions
 from training.tracking import register_bundle
 
@@ -104,14 +104,13 @@ def test_versions_are_listed_newest_first_with_what_is_known_of_them(store: str,
 def test_a_download_replaces_a_bundle_whole_and_nothing_else(store: str, tmp_path: Path) -> None:
     register(store, a_bundle(tmp_path / "a"), "replaced")
     to = a_bundle(tmp_path / "here" / "current", "old")
-    (to / "stale.npz").write_bytes(b"x")
     assert contents(download(store, "replaced", "1", to)) == contents(tmp_path / "a")
     assert [p.name for p in to.parent.iterdir()] == ["current"]
 
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "notes.txt").write_text("mine")
-    with pytest.raises(RegistryError, match="is not a bundle: name a folder that does not exist yet"):
+    with pytest.raises(InputError, match="is not a bundle, or not only that: choose another folder"):
         download(store, "replaced", "1", precious)
     assert contents(precious) == {"notes.txt": b"mine"}
 

@@ -149,3 +149,9 @@ def test_ids_are_unique_and_sort_by_time() -> None:
     late = [new_id() for _ in range(1000)]
     assert len({early, *late}) == 1001 and early < min(late)
     assert all(len(i) == 32 and i[12] == "7" and int(i, 16) for i in late)
+
+
+def test_a_willingness_to_pay_alone_is_the_whole_dial(router: Router) -> None:
+    decision = router.decide(ask(100, willingness_to_pay_usd=1e-9))
+    assert decision.min_probability == 0.0
+    assert decision.chosen.expected_cost_usd == min(c.expected_cost_usd for c in decision.candidates)

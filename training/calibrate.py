@@ -44,7 +44,8 @@ def calibrate(
         for j in range(m)
     ]
     slope, intercept = np.array(scalings).T
-    return Calibration(np.maximum(slope, 0.0), intercept)
+    useless = slope <= 0.0  # where a model's scores order its requests the wrong way, it has its mean
+    return Calibration(np.where(useless, 0.0, slope), np.where(useless, logit(means), intercept))
 
 
 def _evidence(x: Array, y: Array, w: Array) -> float:

@@ -21,7 +21,7 @@ class Dataset:
     """What a log says of n distinct requests and m models.
 
     `quality`, `output_tokens` and `propensity` are float32 [n, m] with NaN where the log has nothing; `input_tokens`
-    is float32 [n]. Requests that share a `group` [n] (a session, or the same text) never fall on both sides of a split.
+    is float32 [n]. Requests that share a `group` [n] (a session) never fall on both sides of a split.
     Rows are in order of first arrival; `ids` are the request ids of those first arrivals.
     """
 
@@ -66,6 +66,8 @@ def build_dataset(log: pl.DataFrame, catalog: Catalog) -> Dataset:
     Several outcomes of one model on one request are averaged. Rows without a prompt or messages cannot be learnt from
     and are left out (they still count for cost and volume elsewhere). Raises InputError when nothing remains.
     """
+    # After a fallback the propensity is that of the choice that failed, not of the model that served.
+    log = log.with_columns(propensity=pl.when(pl.col("fallback_from").is_null()).then(pl.col("propensity")))
     text = ["prompt", "messages", "tools"]
     usable = log.filter(
         (pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()) & pl.col("model").is_in(list(catalog.ids))

@@ -28,8 +28,9 @@ from router_ml import registry
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError, RouterError
 from router_ml.logs import read_log_info
-from training.encoders import ENCODERS
+from training.encoders import ENCODERS, find_minilm
 from training.evaluate import Frontier, cost_at, frontier
+from training.matrix import read_matrix
 from training.outcomes import import_outcomes
 from training.report import plot_frontier, publish
 from training.simulate import simulate, true_quality
@@ -57,7 +58,11 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
         if not catalog.is_file():
             raise InputError(f"{data} needs model cards: give --catalog FILE, or put catalog.json beside it")
         cards = Catalog.load(catalog)
-    shutil.rmtree(out, ignore_errors=True)
+        read_matrix(data, cards)  # a file that cannot be used is refused before the last demo is cleared away
+    if encoder == "static":
+        find_minilm()
+    if out.exists():
+        shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / _MARKER).touch()
     started = time.perf_counter()

@@ -51,7 +51,8 @@ class Fit:
     """What `fit` made: the learner, and what it knows of its own training rows.
 
     `fold` [n] is each training request's fold, `fold_featurizers` the paths that made their rows `rows` float32
-    [n, m, d], `out_of_fold` float32 [n, m] the calibrated probability from the stages that did not see the request.
+    [n, m, d], `out_of_fold` float32 [n, m] their probability from heads and boosters of the other folds. Calibration
+    (two numbers a model) and the number of rounds are chosen on these same rows.
     """
 
     estimator: LearnedEstimator

@@ -16,7 +16,7 @@ from router_ml.router import Router
 from router_ml.types import Message, RouteRequest
 
 _TEXTS = ("tier", "task", "tenant", "key", "session", "request_id", "data_class", "region")
-_NUMBERS = ("min_probability", "max_cost_usd")
+_NUMBERS = ("min_probability", "willingness_to_pay_usd", "max_cost_usd")
 _INTEGERS = ("max_tokens", "tools", "tools_chars")
 _LISTS = ("needs", "candidates")
 _KNOWN = ("prompt", *_TEXTS, *_NUMBERS, *_INTEGERS, *_LISTS)
