@@ -9,6 +9,7 @@ request, RouteLLM's MMLU and GSM8K. `--matrix FILE --catalog FILE` runs the same
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -301,6 +302,8 @@ def main(
     matrix: Path | None, catalog: Path | None, train_split: str | None,
 ) -> None:  # fmt: skip
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=170)  # a file has room for the table
     if (matrix is None) != (catalog is None):
         raise click.ClickException("--matrix and --catalog go together")
     if matrix is None and not (data / "catalog.json").is_file():

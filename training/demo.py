@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from features.text import request_text
 from router_ml import registry
@@ -50,6 +50,8 @@ def run(*, data: Path | None, catalog: Path | None, out: Path, rows: int, encode
     Raises InputError when `out` holds something else, and whatever the steps raise.
     """
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=140)  # a file has room for the tables
     _refuse_foreign(out)
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
@@ -124,7 +126,13 @@ def _route_some(made: Training, url: str, console: Console) -> None:
     by_ease = np.argsort(-p_ok[:, best], kind="stable")
     picked = by_ease[np.linspace(0, len(by_ease) - 1, SHOWN).astype(int)]
     table = Table(
-        "request", "chosen model", "P(ok)", "cost, USD", "why", f"always {catalog.ids[best]}, USD", show_lines=True
+        "request",
+        Column("chosen model", overflow="fold", min_width=13),
+        "P(ok)",
+        "cost, USD",
+        "why",
+        f"always {catalog.ids[best]}, USD",
+        show_lines=True,
     )
     spent, always = 0.0, 0.0
     for i in picked:
