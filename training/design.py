@@ -54,7 +54,10 @@ class LexicalDesign:
 
     def matrix(self, features: Sequence[RequestFeatures]) -> FloatArray:
         """The design [n, r]: TF-IDF vectors of length 1, projected."""
-        return (tf_idf([f.term_ids for f in features], self.idf) @ self.components).astype(np.float32)
+        projected: FloatArray = np.asarray(
+            tf_idf([f.term_ids for f in features], self.idf) @ self.components, np.float32
+        )
+        return projected
 
     def fold(self, weights: Array) -> Array:
         """Weights [r, m] of a head as weights [v, m] on the terms themselves."""
