@@ -228,10 +228,12 @@ def _logged(data: Dataset, logging: str, seed: int) -> Dataset:
     seen = np.zeros(data.quality.shape, dtype=bool)
     seen[np.arange(len(data)), drawn] = True
     hide = np.where(seen, np.float32(1.0), np.float32("nan"))
-    return Dataset(
-        data.catalog, data.ids, data.requests, data.quality * hide, data.output_tokens * hide, data.input_tokens,
-        propensity.astype(np.float32) * hide, data.group,
-    )  # fmt: skip
+    return replace(
+        data,
+        quality=data.quality * hide,
+        output_tokens=data.output_tokens * hide,
+        propensity=propensity.astype(np.float32) * hide,
+    )
 
 
 def _words(data: Dataset) -> list[list[str]]:

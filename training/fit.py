@@ -103,10 +103,11 @@ def _fit(
 
     fold = folds_of(data, FOLDS, seed)
     tokens = np.log1p(data.output_tokens)
+    kernel_design = kernel.matrix(features)
     targets = {
-        "kernel": (kernel.matrix(features), labels),
+        "kernel": (kernel_design, labels),
         "lexical": (lexical.matrix(features), labels),
-        "tokens": (kernel.matrix(features), tokens),
+        "tokens": (kernel_design, tokens),
     }
     sums: dict[str, list[Moments]] = {name: [] for name in targets}
     for f in _tick(range(FOLDS), "outcome statistics", say):
@@ -115,7 +116,7 @@ def _fit(
             sums[name].append(moments(design[fold == f], target[fold == f], full=full))
     whole = {name: total(parts) for name, parts in sums.items()}
     tokens_w, tokens_b = _tokens_head(whole["tokens"])
-    tokens_scale = _smearing(targets["tokens"][0] @ tokens_w + tokens_b, data.output_tokens)
+    tokens_scale = _smearing(kernel_design @ tokens_w + tokens_b, data.output_tokens)
 
     def heads(stats: dict[str, Moments]) -> OutcomeHeads:
         kernel_w, kernel_b = fit_head(stats["kernel"])
