@@ -27,6 +27,7 @@ class RequestFeatures:
     statistics: FloatArray
     term_ids: npt.NDArray[np.int64]
     chars: int
+    embedding: FloatArray
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class RequestFeaturizer:
         text_words = words(text)
         statistics = text_statistics(request, text, text_words)
         tokens = self.encoder.token_ids(text_words)
-        kernel = self.kernel_map.apply(self.encoder.embed(tokens), statistics)
-        return RequestFeatures(kernel, statistics, self.lexicon.term_ids(tokens), conversation_chars(request))
+        embedding = self.encoder.embed(tokens)
+        kernel = self.kernel_map.apply(embedding, statistics)
+        return RequestFeatures(
+            kernel, statistics, self.lexicon.term_ids(tokens), conversation_chars(request), embedding
+        )
 
 
 @dataclass(frozen=True)
@@ -92,4 +96,4 @@ class CandidateFeaturizer:
         rows[:, k : 2 * k] = np.add.reduce(parts, axis=1) * np.float32(1.0 / m)
         rows[:, -len(STATISTICS) :] = features.statistics
         a, b = self.input_tokens_fit
-        return CandidateFeatures(rows, parts, tokens, a + b * features.chars)
+        return CandidateFeatures(rows, parts, tokens, a + b * features.chars, features.embedding)

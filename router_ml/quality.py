@@ -97,7 +97,7 @@ class LearnedEstimator:
         """The estimate from a request's features: what `estimate` does after featurising."""
         raw = self._predict_rows(features.rows)
         p_ok = self.calibration.apply(blend(raw, features.parts))
-        return Estimate(p_ok, features.output_tokens, features.input_tokens)
+        return Estimate(p_ok, features.output_tokens, features.input_tokens, features=features)
 
     def estimate_many(self, requests: Sequence[RouteRequest]) -> list[Estimate]:
         """`estimate` for many requests; the same numbers, one call of LightGBM."""

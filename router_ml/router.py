@@ -46,7 +46,11 @@ class Router:
         return replace(self, policy=policy.check_models(self.catalog))
 
     def decide(self, request: RouteRequest) -> RouteDecision:
-        """Routes one request.
+        """Routes one request. Raises what `decide_with_estimate` does."""
+        return self.decide_with_estimate(request)[0]
+
+    def decide_with_estimate(self, request: RouteRequest) -> tuple[RouteDecision, Estimate]:
+        """Routes one request, and hands out the estimate behind the decision: what explains it.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -78,7 +82,7 @@ class Router:
             draw=(self.draw(), self.draw()) if explore else (1.0, 0.0),
         )
         ids, p_ok, costs = self.catalog.ids, estimate.p_ok.tolist(), cost.tolist()
-        return RouteDecision(
+        decision = RouteDecision(
             decision_id=new_id(),
             model=ids[choice.order[0]],
             candidates=tuple(Candidate(ids[i], p_ok[i], costs[i]) for i in choice.order),
@@ -91,6 +95,7 @@ class Router:
             model_version=self.model_version,
             policy_version=policy.version,
         )
+        return decision, estimate
 
     def _pinned(self, request: RouteRequest) -> int | None:
         return next((self.catalog.index[rule.model] for rule in self.policy.rules if rule.matches(request)), None)

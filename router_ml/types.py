@@ -130,11 +130,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What the learner says of one request, aligned with the catalogue's order: shapes [m]."""
+    """What the learner says of one request, aligned with the catalogue's order: shapes [m].
+
+    `features` is what it saw, where it keeps that: enough to explain the estimate later.
+    """
 
     p_ok: FloatArray
     output_tokens: FloatArray
     input_tokens: float
+    features: CandidateFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +146,15 @@ class CandidateFeatures:
     """What the learner sees of one request, a row per candidate in catalogue order.
 
     `rows` is float32 [m, d], `parts` float32 [k, m] holds the k linear estimates of P(ok) that are also columns of
-    `rows`, `output_tokens` float32 [m] and `input_tokens` are token counts for the cost.
+    `rows`, `output_tokens` float32 [m] and `input_tokens` are token counts for the cost. `embedding` float32 [e] is the
+    request's own, by which its nearest past requests are found.
     """
 
     rows: FloatArray
     parts: FloatArray
     output_tokens: FloatArray
     input_tokens: float
+    embedding: FloatArray | None = None
 
 
 class Featurizer(Protocol):

@@ -52,7 +52,7 @@ class Fit:
 
     `fold` [n] is each training request's fold, `fold_featurizers` the paths that made their rows `rows` float32
     [n, m, d], `out_of_fold` float32 [n, m] their probability from heads and boosters of the other folds. Calibration
-    (two numbers a model) and the number of rounds are chosen on these same rows.
+    (two numbers a model) and the number of rounds are chosen on these same rows. `embeddings` is float32 [n, e].
     """
 
     estimator: LearnedEstimator
@@ -61,6 +61,7 @@ class Fit:
     rows: Matrix
     out_of_fold: Matrix
     rounds: int
+    embeddings: Matrix
 
 
 def fit(
@@ -141,7 +142,13 @@ def _fit(
     mixed = blend(raw, parts)
     calibration = calibrate(mixed, labels, 1.0 / data.propensity.astype(np.float64))
     return Fit(
-        LearnedEstimator(final, booster, calibration), fold, tuple(by_fold), rows, calibration.apply(mixed), rounds
+        LearnedEstimator(final, booster, calibration),
+        fold,
+        tuple(by_fold),
+        rows,
+        calibration.apply(mixed),
+        rounds,
+        np.stack([x.embedding for x in features]),
     )
 
 
