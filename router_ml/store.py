@@ -22,12 +22,13 @@ import sqlalchemy as sa
 
 from router_ml.errors import InputError, RouterError
 from router_ml.router import new_id
-from router_ml.stored import counts, log_rows, pages
+from router_ml.stored import counts, find_decision, log_rows, pages
 from router_ml.tables import DECISIONS, OUTCOMES, decision_row, insert_decisions, insert_new, open_database
-from router_ml.types import STATUSES, Outcome, RouteDecision, RouteRequest
+from router_ml.types import STATUSES, CandidateFeatures, Outcome, RouteDecision, RouteRequest
 
 log = logging.getLogger(__name__)
 BATCH = 500  # rows a commit
+FEATURES_PENDING = 2_000  # with more decisions waiting, new ones wait without their features, which take memory
 RETRY_SECONDS = (0.1, 5.0)  # the first and the longest pause after the database refused a batch
 
 
@@ -138,10 +139,12 @@ class Store:
         prompt: str | None = None,
         messages: str | None = None,
         tools: str | None = None,
+        features: CandidateFeatures | None = None,
     ) -> bool:
         """Queues a decision without waiting; False when it was dropped because the queue is full.
 
-        `provider` is the chosen model's; `prompt`, `messages` and `tools` (JSON text) are stored only when given.
+        `provider` is the chosen model's; `prompt`, `messages` and `tools` (JSON text) are stored only when given. So
+        are `features`, which explain the decision later; while the queue is long they are left out.
         """
         text = len(prompt or "") + len(messages or "") + len(tools or "")
         if self._closing or len(self._decisions) >= self.max_pending or self._text + text > self.max_pending_chars:
@@ -150,10 +153,10 @@ class Store:
         if text:
             with self._text_lock:
                 self._text += text
-        self._decisions.append(
-            decision_row(request, decision)
-            | {"provider": provider, "prompt": prompt, "messages": messages, "tools": tools}
-        )
+        row = decision_row(request, decision)
+        row |= {"provider": provider, "prompt": prompt, "messages": messages, "tools": tools}
+        row["features"] = features if len(self._decisions) < FEATURES_PENDING else None
+        self._decisions.append(row)
         if not self._wake.is_set():
             self._wake.set()
         return True
@@ -190,6 +193,10 @@ class Store:
     def decisions(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The decisions from `since_us` (microseconds since 1970) on, oldest first, as the table's columns."""
         return (row for page in pages(self._engine, DECISIONS, since_us) for row in page)
+
+    def decision(self, decision_id: str) -> dict[str, Any] | None:
+        """One stored decision as the table's columns; None where it is not known."""
+        return find_decision(self._engine, decision_id)
 
     def outcomes(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The outcomes that arrived from `since_us` on, oldest first, as the table's columns."""

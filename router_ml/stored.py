@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from router_ml.tables import DECISIONS, OUTCOMES
+from router_ml.types import Candidate, RouteDecision
 
 PAGE = 500
 REPORTED = (
@@ -18,13 +21,16 @@ REPORTED = (
 FEEDBACK = {"quality", "quality_source", "status", "retries"}
 
 
-def pages(engine: sa.Engine, table: sa.Table, since_us: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `table` from `since_us` (microseconds since 1970) on, oldest first, some hundred at a time."""
+def pages(engine: sa.Engine, table: sa.Table, since_us: int, *, without: str = "") -> Iterator[list[dict[str, Any]]]:
+    """The rows of `table` from `since_us` (microseconds since 1970) on, oldest first, some hundred at a time.
+
+    The column `without` is not read.
+    """
     (identity,) = table.primary_key
     after: tuple[int, str] = (since_us, "")
     while True:
         query = (
-            sa.select(table)
+            sa.select(*(column for column in table.columns if column.name != without))
             .where(sa.tuple_(table.c.time_us, identity) > sa.tuple_(*after))
             .order_by(table.c.time_us, identity)
             .limit(PAGE)
@@ -35,6 +41,27 @@ def pages(engine: sa.Engine, table: sa.Table, since_us: int) -> Iterator[list[di
             return
         yield page
         after = (page[-1]["time_us"], page[-1][identity.name])
+
+
+def find_decision(engine: sa.Engine, decision_id: str) -> dict[str, Any] | None:
+    """The row of one decision; None where there is none."""
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(DECISIONS).where(DECISIONS.c.decision_id == decision_id)).mappings().first()
+    return None if row is None else dict(row)
+
+
+def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
+    """The decision that a row of the table holds; a number that was not finite when it was stored is NaN."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    candidates = tuple(
+        Candidate(c["model"], p_ok=number(c["p_ok"]), expected_cost_usd=number(c["expected_cost_usd"]))
+        for c in row["candidates"]
+    )
+    kept = {field.name: row[field.name] for field in fields(RouteDecision) if field.name in row}
+    return RouteDecision(**kept | {"candidates": candidates})
 
 
 def counts(engine: sa.Engine) -> dict[str, int]:
@@ -60,7 +87,7 @@ def log_rows(engine: sa.Engine, since_us: int = 0) -> Iterator[dict[str, Any]]:
     same API key asked for under that id. Later outcomes add to the earlier ones, and override them where both report
     the same thing.
     """
-    for page in pages(engine, DECISIONS, since_us):
+    for page in pages(engine, DECISIONS, since_us, without="features"):
         reported = _reported(engine, page)
         for row in page:
             yield log_row(row, reported.get(row["decision_id"], {}))

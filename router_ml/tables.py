@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from router_ml.errors import InputError
+from router_ml.stored_features import pack_features
 from router_ml.types import Candidate, RouteDecision, RouteRequest
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "1"  # raised by what an older program cannot live with; a new column that may be null is none of that
 _dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 METADATA = sa.MetaData()
 INFO = sa.Table("store_info", METADATA, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String))
@@ -43,6 +44,7 @@ DECISIONS = sa.Table(
     sa.Column("model_version", sa.String, nullable=False),
     sa.Column("policy_version", sa.String, nullable=False),
     *(sa.Column(name, sa.Text) for name in ("prompt", "messages", "tools")),
+    sa.Column("features", sa.LargeBinary),  # of `stored_features.pack_features`
 )
 OUTCOMES = sa.Table(
     "outcomes",
@@ -67,7 +69,7 @@ OUTCOMES = sa.Table(
 
 
 def open_database(url: str) -> sa.Engine:
-    """An engine on `url` (an SQLAlchemy URL or the path of an SQLite file) whose tables exist.
+    """An engine on `url` (an SQLAlchemy URL or the path of an SQLite file) whose tables exist, with all their columns.
 
     Raises InputError when it cannot be opened, or holds the tables of another version.
     """
@@ -90,18 +92,32 @@ def open_database(url: str) -> sa.Engine:
         with engine.begin() as connection:
             if engine.dialect.name == "postgresql":  # its IF NOT EXISTS is no protection from a second process
                 connection.execute(sa.text("select pg_advisory_xact_lock(7205759403)"))
-            for table in METADATA.sorted_tables:
-                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
-                for index in sorted(table.indexes, key=lambda i: str(i.name)):
-                    connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+            else:  # a second process must not look at the columns before the first has added them
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.execute(sa.schema.CreateTable(INFO, if_not_exists=True))
             connection.execute(insert_new(engine.dialect, INFO).values(name="schema", value=SCHEMA_VERSION))
             version = connection.execute(sa.select(INFO.c.value).where(INFO.c.name == "schema")).scalar_one()
+            if version == SCHEMA_VERSION:
+                _make_tables(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         reason = getattr(error, "orig", None) or error
         raise InputError(f"the store {name} cannot be opened: {reason}") from None
     if version != SCHEMA_VERSION:
         raise InputError(f"the store {name} has tables of version {version}, not {SCHEMA_VERSION}: use another store")
     return engine
+
+
+def _make_tables(connection: sa.Connection) -> None:
+    """Makes the tables, or gives those of an earlier program the columns that have come since, empty."""
+    for table in METADATA.sorted_tables:
+        connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+        there = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                kind = column.type.compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+        for index in sorted(table.indexes, key=lambda i: str(i.name)):
+            connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
 
 
 def insert_new(dialect: sa.Dialect, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
@@ -112,7 +128,7 @@ def insert_new(dialect: sa.Dialect, table: sa.Table) -> sqlite.Insert | postgres
 
 
 def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, Any]:
-    """A row for `insert_decisions`, of a decision made now, without its prompt and the model's provider."""
+    """A row for `insert_decisions`, of a decision made now, without its text, features and provider."""
     return {
         "decision_id": decision.decision_id,
         "time_us": time.time_ns() // 1000,
@@ -153,6 +169,7 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),
             "excluded": _dump(dict(row["excluded"])),
+            "features": None if row["features"] is None else pack_features(row["features"]),
         }
         for row in rows
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -15,14 +16,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.logs import LOG_SCHEMA, validate
 from router_ml.router import new_id
-from router_ml.store import IdempotencyConflictError, Store, StoreError
-from router_ml.types import Candidate, Message, Outcome, RouteDecision, RouteRequest
+from router_ml.store import FEATURES_PENDING, IdempotencyConflictError, Store, StoreError
+from router_ml.stored import decision_of_row
+from router_ml.stored_features import pack_features, unpack_features
+from router_ml.types import Candidate, CandidateFeatures, Message, Outcome, RouteDecision, RouteRequest
 
 NAN = float("nan")
 
@@ -78,7 +82,8 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
     made = kept(store, decision(explored=True), of)
     assert store.flush()
     (row,) = store.decisions()
-    assert before <= row.pop("time_us") <= time.time_ns() // 1000
+    at = row.pop("time_us")
+    assert before <= at <= time.time_ns() // 1000
     assert row == {
         "decision_id": made.decision_id,
         "request_id": "r",
@@ -109,7 +114,88 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "prompt": None,
         "messages": None,
         "tools": None,
+        "features": None,
     }
+    assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
+    assert math.isnan(decision_of_row(row).candidates[1].p_ok)
+    assert store.decision(made.decision_id) == row | {"time_us": at}
+    assert store.decision("nobody's") is None
+
+
+def features(models: int = 3, embedding: int = 16) -> CandidateFeatures:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((models, 5), dtype=np.float32)
+    rows[0, 0] = np.nan
+    return CandidateFeatures(
+        rows,
+        rows[:, :2].T,  # not contiguous
+        rng.random(models, dtype=np.float32),
+        12.75,
+        rng.random(embedding, dtype=np.float32) if embedding else None,
+    )
+
+
+@pytest.mark.parametrize(("models", "embedding"), [(3, 16), (1, 0)])
+def test_features_come_back_bit_for_bit(store: Store, models: int, embedding: int) -> None:
+    kept_features = features(models, embedding)
+    made = decision()
+    assert store.record(request(), made, provider="acme", features=kept_features)
+    assert store.flush()
+    row = store.decision(made.decision_id)
+    assert row is not None and row["prompt"] is None
+    back = unpack_features(row["features"])
+    assert back.input_tokens == kept_features.input_tokens
+    for name in ("rows", "parts", "output_tokens"):
+        assert np.array_equal(getattr(back, name), getattr(kept_features, name), equal_nan=True), name
+    assert (back.embedding is None) == (kept_features.embedding is None)
+    if embedding:
+        assert np.array_equal(back.embedding, kept_features.embedding)
+    (exported,) = store.iter_log_rows()
+    assert "features" not in exported
+
+
+def test_features_of_another_layout_are_refused() -> None:
+    data = pack_features(features())
+    for broken in (b"", data[:-1], data + b"1234", b"rmf9" + data[4:]):
+        with pytest.raises(InputError, match="stored features cannot be read"):
+            unpack_features(broken)
+
+
+def test_a_long_queue_holds_no_features(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store.db"), interval=60)  # no writer yet: everything waits
+    ids = []
+    for _ in range(FEATURES_PENDING + 3):
+        made = decision()
+        assert store.record(request(), made, provider="acme", features=features())
+        ids.append(made.decision_id)
+    store.start()
+    store.close()
+    kept_features = {row["decision_id"]: row["features"] for row in Store(str(tmp_path / "store.db")).decisions()}
+    assert list(kept_features) == ids
+    assert [i for i in ids if kept_features[i] is None] == ids[-3:]
+
+
+def test_a_database_of_an_earlier_program_gets_the_new_column(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    store = Store(str(path)).start()
+    old = kept(store, decision())
+    store.close()
+    with sqlite3.connect(path) as earlier:
+        earlier.execute("ALTER TABLE decisions DROP COLUMN features")
+    both = [Store(str(path)), Store(str(path))]
+    made = decision()
+    both[0].start()
+    assert both[0].record(request(), made, provider="acme", features=features())
+    both[0].close()
+    assert [row["features"] is None for row in both[1].decisions()] == [True, False]
+    assert both[1].decision(old.decision_id) is not None
+    with sqlite3.connect(path) as newer:
+        newer.execute("UPDATE store_info SET value = '99'")
+        newer.execute("ALTER TABLE decisions DROP COLUMN features")
+    with pytest.raises(InputError, match="version 99"):
+        Store(str(path))
+    with sqlite3.connect(path) as same:  # what is not ours is left as it is
+        assert "features" not in {column[1] for column in same.execute("PRAGMA table_info(decisions)")}
 
 
 def test_decisions_are_committed_within_the_interval_by_themselves(tmp_path: Path) -> None:
@@ -375,7 +461,12 @@ def test_a_file_of_something_else_and_tables_of_another_version_are_refused(tmp_
         Store(str(path))
 
 
-def test_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", ["nothing", "an earlier program's tables"])
+def test_processes_may_open_a_store_at_once(tmp_path: Path, there: str) -> None:
+    if there != "nothing":
+        Store(str(tmp_path / "s.db")).close()
+        with sqlite3.connect(tmp_path / "s.db") as earlier:
+            earlier.execute("ALTER TABLE decisions DROP COLUMN features")
     errors: list[BaseException] = []
 
     def attempt(open_store: Callable[[], Store]) -> None:
