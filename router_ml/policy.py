@@ -1,28 +1,35 @@
-"""The policy: hard constraints first, then the cheapest candidate that is likely to be good enough.
-
-Pure functions over numpy arrays on the catalogue's model axis; nothing here learns, logs or waits.
-"""
+"""The policy: what a product owner sets, and the dial of a request under it. `choice` applies them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal, NamedTuple, get_args
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.types import FloatArray, RouteRequest
+from router_ml.types import Objective, RouteRequest
 
-BoolArray = npt.NDArray[np.bool_]
 DEFAULT_TIERS: Mapping[str, float] = {"economy": 0.5, "standard": 0.7, "premium": 0.85}
+
+
+class Dial(NamedTuple):
+    """What a request asks for: a tier of the policy, and what the request says itself.
+
+    `min_probability` is the least probability of an acceptable answer, one of at least `quality_threshold` (None: the
+    bundle's own threshold). `objective` "cost" is the least expected total cost among the candidates that meet it,
+    "quality" the most probable one whose call is expected to cost at most `max_cost_usd`, which it needs.
+    """
+
+    min_probability: float
+    quality_threshold: float | None = None
+    objective: Objective = "cost"
+    max_cost_usd: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +47,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a product owner sets. `tiers` maps a tier's name to the least probability of an acceptable answer.
+    """What a product owner sets. `tiers` maps a tier's name to the least probability of an acceptable answer, or to a
+    `Dial` that says more.
 
+    `escalation_rate` is the share of unacceptable answers that are asked again of a stronger model (`costs`).
     `keys` maps a key to the models it may use (a key that is not listed may use all). `unmet` says what happens when
     no candidate meets the dial: the most probable one, or `default_model`. `exploration_rate` is the share of requests
     that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done.
     """
 
-    tiers: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_TIERS))
+    tiers: Mapping[str, float | Dial] = field(default_factory=lambda: dict(DEFAULT_TIERS))
     default_tier: str = "standard"
     default_model: str | None = None
     default_data_class: str = "public"
     exploration_rate: float = 0.0
+    escalation_rate: float = 1.0
     unmet: Literal["most-probable", "default"] = "most-probable"
     rules: tuple[Rule, ...] = ()
     keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -66,11 +76,12 @@ class Policy:
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON, without its version (which is the hash of this)."""
         return {
-            "tiers": dict(self.tiers),
+            "tiers": {name: _tier_json(tier) for name, tier in self.tiers.items()},
             "default_tier": self.default_tier,
             "default_model": self.default_model,
             "default_data_class": self.default_data_class,
             "exploration_rate": self.exploration_rate,
+            "escalation_rate": self.escalation_rate,
             "unmet": self.unmet,
             "rules": [{"model": r.model, "task": r.task, "tenant": r.tenant} for r in self.rules],
             "keys": {key: {"models": sorted(models)} for key, models in self.keys.items()},
@@ -87,6 +98,8 @@ class Policy:
             raise InputError(f"{source}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
         values = dict(data)
         try:
+            if "tiers" in values:
+                values["tiers"] = {name: _tier(name, tier) for name, tier in _table("tiers", values["tiers"]).items()}
             if "rules" in values:
                 values["rules"] = tuple(_rule(rule) for rule in _array("rules", values["rules"]))
             if "keys" in values:
@@ -115,192 +128,75 @@ class Policy:
                 raise InputError(f"the policy names model {model!r}, which the catalogue does not list")
         return self
 
-    def min_probability(self, request: RouteRequest) -> float:
-        """The dial of this request; 0 where only a willingness to pay is given, which then decides alone.
+    @cached_property
+    def dials(self) -> Mapping[str, Dial]:
+        """Each tier as a dial."""
+        return {name: tier if isinstance(tier, Dial) else Dial(tier) for name, tier in self.tiers.items()}
 
-        Raises InputError for an unknown tier, a probability outside [0, 1], or both of them at once.
+    def check_thresholds(self, thresholds: Sequence[float]) -> Policy:
+        """Returns itself when every tier's quality threshold is among `thresholds`; raises InputError otherwise."""
+        for name, dial in self.dials.items():
+            if dial.quality_threshold is not None:
+                check_threshold(dial.quality_threshold, thresholds, f"tier {name!r}: ")
+        return self
+
+    def dial(self, request: RouteRequest) -> Dial:
+        """The dial of this request: its tier, or its own `min_probability`, and what it says beside them.
+
+        Where only a willingness to pay is given, that decides alone and the least probability is 0. The lower of the
+        tier's and the request's `max_cost_usd` holds. Raises InputError for an unknown tier or objective, a probability
+        outside [0, 1], two dials at once, and the objective "quality" without a budget.
         """
-        if request.willingness_to_pay_usd is not None and request.tier is None and request.min_probability is None:
-            return 0.0
         if request.min_probability is not None:
             if request.tier is not None:
                 raise InputError("give 'tier' or 'min_probability', not both")
             if not 0.0 <= request.min_probability <= 1.0:
                 raise InputError(f"min_probability {request.min_probability} has to lie in [0, 1]")
-            return request.min_probability
-        tier = request.tier or self.default_tier
-        if tier not in self.tiers:
-            raise InputError(f"unknown tier {tier!r}: choose one of {', '.join(self.tiers)}")
-        return self.tiers[tier]
+            dial = Dial(request.min_probability)
+        elif request.willingness_to_pay_usd is not None and request.tier is None:
+            dial = _NO_DIAL
+        else:
+            tier = request.tier or self.default_tier
+            if tier not in self.dials:
+                raise InputError(f"unknown tier {tier!r}: choose one of {', '.join(self.tiers)}")
+            dial = self.dials[tier]
+        threshold, limit, objective = request.quality_threshold, request.max_cost_usd, request.objective
+        if threshold is not None or limit is not None or objective is not None:
+            dial = Dial(
+                dial.min_probability,
+                dial.quality_threshold if threshold is None else threshold,
+                dial.objective if objective is None else objective,
+                min((usd for usd in (limit, dial.max_cost_usd) if usd is not None), default=None),
+            )
+        if dial.objective != "cost":
+            _check_objective(dial, request)
+        return dial
 
     def with_changes(self, **changes: Any) -> Policy:
         """A changed copy with a version of its own."""
         return replace(self, version="", **changes)
 
 
-_ALL: BoolArray = np.ones(0, dtype=bool)
-"""Stands for a mask that allows every model, so that the common case costs no vector operation."""
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """The catalogue's clearances as arrays [m], compiled once so that a request costs a few vector operations."""
-
-    catalog: Catalog
-    context_window: npt.NDArray[np.int64]
-    capability: Mapping[str, BoolArray]
-    data_class: Mapping[str, BoolArray]
-    region: Mapping[str, BoolArray]
-    key: Mapping[str, BoolArray]
-    least_window: int
-    every: BoolArray
-
-    @classmethod
-    def compile(cls, catalog: Catalog, policy: Policy) -> Constraints:
-        """Builds the arrays. What no card lists has no entry, and is refused for every model."""
-
-        def masks(values: Sequence[frozenset[str]]) -> dict[str, BoolArray]:
-            names = sorted(frozenset().union(*values))
-            return {name: mask([name in v for v in values]) for name in names}
-
-        def mask(values: list[bool]) -> BoolArray:
-            return _ALL if all(values) else np.array(values)
-
-        return cls(
-            catalog=catalog,
-            context_window=np.array([c.context_window for c in catalog], dtype=np.int64),
-            capability=masks([c.capabilities for c in catalog]),
-            data_class=masks([c.data_classes for c in catalog]),
-            region=masks([c.regions for c in catalog]),
-            key={k: mask([c.id in models for c in catalog]) for k, models in policy.keys.items()},
-            least_window=min(c.context_window for c in catalog),
-            every=np.ones(len(catalog), dtype=bool),
+def check_threshold(threshold: float, thresholds: Sequence[float], where: str = "") -> None:
+    """Raises InputError when the learner was not trained for this quality threshold; it names those that it has."""
+    if threshold not in thresholds:
+        has = ", ".join(f"{t:g}" for t in sorted(thresholds)) or "none"
+        raise InputError(
+            f"{where}quality_threshold {threshold:g} is not one that the bundle was trained for, which are {has}: "
+            "choose one of them, or train again with it"
         )
 
-    def eligible(
-        self, request: RouteRequest, policy: Policy, cost_usd: FloatArray, input_tokens: float
-    ) -> tuple[BoolArray, dict[str, str]]:
-        """Which models may serve the request, bool [m], and why each of the others may not."""
-        mask = self.every
-        excluded: dict[str, str] = {}
 
-        def require(allowed: BoolArray | None, reason: str) -> None:
-            nonlocal mask
-            if allowed is None:
-                allowed = np.zeros_like(mask)
-            elif allowed is _ALL:
-                return
-            for i in np.flatnonzero(mask & ~allowed):
-                excluded[self.catalog.ids[i]] = reason
-            mask = mask & allowed
-
-        if request.candidates is not None:
-            wanted = set(request.candidates)
-            require(np.array([model in wanted for model in self.catalog.ids]), "not among the request's candidates")
-            for model in request.candidates:
-                if model not in self.catalog:
-                    excluded[model] = "not in the catalogue"
-        if request.key is not None and request.key in self.key:
-            require(self.key[request.key], "not on the key's allow-list")
-        data_class = policy.default_data_class if request.data_class is None else request.data_class
-        require(self.data_class.get(data_class), f"not cleared for data class {data_class!r}")
-        if request.region is not None:
-            require(self.region.get(request.region), f"not in region {request.region!r}")
-        for need in sorted(request.needs):
-            require(self.capability.get(need), f"does not support {need}")
-        tokens = math.ceil(input_tokens) + (request.max_tokens or 0)
-        if tokens > self.least_window:
-            require(self.context_window >= tokens, f"context window is smaller than the estimated {tokens} tokens")
-        if request.max_cost_usd is not None:
-            require(cost_usd <= request.max_cost_usd, f"expected cost is above {request.max_cost_usd:g} USD")
-        return mask, excluded
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the policy chose: positions on the model axis, best first, and why."""
-
-    order: tuple[int, ...]
-    propensity: float
-    explored: bool
-    meets_threshold: bool
-    reason: str
-
-
-def choose(
-    p_ok: FloatArray,
-    cost_usd: FloatArray,
-    eligible: BoolArray,
-    min_probability: float,
-    *,
-    willingness_to_pay_usd: float | None = None,
-    pinned: int | None = None,
-    default: int | None = None,
-    unmet: str = "most-probable",
-    exploration_rate: float = 0.0,
-    draw: tuple[float, float] = (1.0, 0.0),
-) -> Choice:
-    """The cheapest eligible candidate whose probability meets the dial; else the most probable; else the default.
-
-    With a willingness to pay (USD that an acceptable answer is worth; RouterBench, arXiv 2403.12031) the choice among
-    those that meet the dial is the largest of worth * probability - cost instead of the cheapest: as a dial over many
-    requests it gets more quality for the same money, because what a dearer model costs is weighed against what it adds.
-
-    `p_ok` and `cost_usd` are float32 [m], `eligible` is bool [m] with at least one True. A NaN probability never meets
-    a dial, a NaN cost is the highest. `draw` holds two uniform numbers in [0, 1): the first decides whether to
-    explore, the second where to.
-    The propensity is (1 - rate) * [greedy] + rate / eligible, exact for every candidate; a pinned model has 1.
-    """
-    # Lists, not arrays: for a dozen candidates plain Python is several times faster than numpy.
-    at = [i for i, allowed in enumerate(eligible.tolist()) if allowed]
-    every_p, every_cost = p_ok.tolist(), cost_usd.tolist()
-    p = [every_p[i] for i in at]
-    cost = [c if c == c else math.inf for c in (every_cost[i] for i in at)]
-    size = len(p)
-
-    # What meets the dial comes first, by cost or value; then the rest by probability, unknown ones last.
-    worth = willingness_to_pay_usd or 0.0
-    meeting = sorted([(cost[i] - worth * v, -v, i) for i, v in enumerate(p) if v >= min_probability])
-    rest = sorted([(-v if v == v else 1.0, cost[i], i) for i, v in enumerate(p) if not v >= min_probability])
-    order = [i for _, _, i in meeting] + [i for _, _, i in rest]
-    greedy = order[0]
-    meets = p[greedy] >= min_probability
-    if pinned is not None and eligible[pinned]:
-        first = at.index(pinned)
-        chosen = (first, *(i for i in order if i != first))
-        return Choice(tuple(at[i] for i in chosen), 1.0, False, p[first] >= min_probability, "a rule pins this model")
-    if meets:
-        reason = f"cheapest candidate with probability at least {min_probability:g}"
-        if willingness_to_pay_usd is not None:
-            reason = f"best value at {willingness_to_pay_usd:g} USD for an acceptable answer"
-    else:
-        reason = f"no candidate reaches {min_probability:g}: the most probable"
-        known = any(v == v for v in p)
-        if (unmet == "default" or not known) and default is not None and eligible[default]:
-            greedy = at.index(default)
-            reason = f"no candidate reaches {min_probability:g}: the configured default"
-        elif not known:
-            greedy = min(range(size), key=cost.__getitem__)
-            reason = "no estimate for any candidate and no default that is allowed: the cheapest"
-    first, explored = greedy, False
-    if exploration_rate > 0.0 and draw[0] < exploration_rate:
-        first, explored = min(int(draw[1] * size), size - 1), True
-        reason = "exploration: drawn uniformly from the eligible candidates"
-    propensity = (1.0 - exploration_rate) * (first == greedy) + exploration_rate / size
-    chosen = (first, *(i for i in order if i != first))
-    return Choice(tuple(at[i] for i in chosen), propensity, explored, p[first] >= min_probability, reason)
+_NO_DIAL = Dial(0.0)
 
 
 def _check(policy: Policy) -> None:
-    def probability(value: Any, name: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-            raise InputError(f"{name} has to be a number in [0, 1], not {value!r}")
-
     for name in _table("tiers", policy.tiers) or [""]:
         if not name or not isinstance(name, str):
             raise InputError("'tiers' has to name at least one tier, such as standard = 0.7")
-        probability(policy.tiers[name], f"tier {name!r}")
-    probability(policy.exploration_rate, "exploration_rate")
+        _check_tier(name, policy.tiers[name])
+    _share(policy.exploration_rate, "exploration_rate")
+    _share(policy.escalation_rate, "escalation_rate")
     if not isinstance(policy.default_tier, str) or policy.default_tier not in policy.tiers:
         raise InputError(f"default_tier {policy.default_tier!r} is not one of the tiers {', '.join(policy.tiers)}")
     if not isinstance(policy.default_data_class, str) or not policy.default_data_class:
@@ -323,6 +219,52 @@ def _array(name: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name!r} has to be an array")
     return value
+
+
+def _check_objective(dial: Dial, request: RouteRequest) -> None:
+    if dial.objective not in get_args(Objective):
+        raise InputError(f"unknown objective {dial.objective!r}: choose one of {', '.join(get_args(Objective))}")
+    if dial.max_cost_usd is None:
+        raise InputError("objective 'quality' takes the most probable model within a budget: give 'max_cost_usd', too")
+    if request.willingness_to_pay_usd is not None:
+        raise InputError("give 'willingness_to_pay_usd' or the objective 'quality', not both")
+
+
+def _tier(name: Any, value: Any) -> float | Dial:
+    """A tier of a policy file: a number, or a table of a dial's settings. Numbers are checked with the policy."""
+    if not isinstance(value, Mapping):
+        return value  # type: ignore[no-any-return]
+    if "min_probability" not in value or not set(value) <= set(Dial._fields):
+        raise InputError(
+            f"tier {name!r} has to be a number, or a table with min_probability and, of {', '.join(Dial._fields)}, "
+            "nothing else"
+        )
+    return Dial(**value)
+
+
+def _check_tier(name: str, tier: Any) -> None:
+    """Raises InputError for a tier whose numbers are not possible, or which says half of what it needs."""
+    dial = tier if isinstance(tier, Dial) else Dial(tier)
+    where = f"tier {name!r}"
+    _share(dial.min_probability, where if dial is not tier else f"{where}: min_probability")
+    if dial.quality_threshold is not None:
+        _share(dial.quality_threshold, f"{where}: quality_threshold")
+    limit = dial.max_cost_usd
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < 2**53):
+        raise InputError(f"{where}: max_cost_usd has to be a number of 0 or more")
+    if dial.objective not in get_args(Objective):
+        raise InputError(f"{where}: objective has to be one of {', '.join(get_args(Objective))}")
+    if dial.objective == "quality" and limit is None:
+        raise InputError(f"{where}: the objective 'quality' needs a budget, max_cost_usd")
+
+
+def _share(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise InputError(f"{name} has to be a number in [0, 1], not {value!r}")
+
+
+def _tier_json(tier: float | Dial) -> Any:
+    return {k: v for k, v in tier._asdict().items() if v is not None} if isinstance(tier, Dial) else tier
 
 
 def _rule(value: Any) -> Rule:

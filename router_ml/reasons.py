@@ -5,6 +5,7 @@ from __future__ import annotations
 _KINDS = {
     "cheapest candidate": "cheapest",
     "best value": "best_value",
+    "most probable candidate within": "most_quality",
     "a rule pins": "pinned",
     "exploration": "explored",
     "no estimate": "no_estimate",

@@ -13,13 +13,19 @@ from typing import Protocol
 import numpy as np
 
 from router_ml.catalog import Catalog
+from router_ml.choice import Constraints, choose
+from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
-from router_ml.policy import Constraints, Policy, choose
+from router_ml.policy import Policy, check_threshold
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
 
 
 class Estimator(Protocol):
-    """The learner as the router sees it."""
+    """The learner as the router sees it.
+
+    It may have `thresholds`, a tuple of the quality thresholds that it was trained for: what `p_ok` is the probability
+    of then follows the request's `quality_threshold`, None being the router's own.
+    """
 
     def estimate(self, request: RouteRequest) -> Estimate:
         """Probabilities and tokens per model for one request."""
@@ -28,13 +34,19 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Router:
-    """An immutable router: one catalogue, one learner, one policy. A new version is a new object, swapped whole."""
+    """An immutable router: one catalogue, one learner, one policy. A new version is a new object, swapped whole.
+
+    `reliability` is how calls of each model went in the log (None: all at the first attempt); `quality_threshold` is
+    the one that requests have which name none (None: not known).
+    """
 
     catalog: Catalog
     estimator: Estimator
     policy: Policy
     model_version: str
     draw: Callable[[], float] = random.random
+    reliability: Reliability | None = None
+    quality_threshold: float | None = None
 
     @cached_property
     def constraints(self) -> Constraints:
@@ -42,8 +54,24 @@ class Router:
         return Constraints.compile(self.catalog, self.policy.check_models(self.catalog))
 
     def with_policy(self, policy: Policy) -> Router:
-        """The same learner under another policy. Raises InputError when that names a model not in the catalogue."""
-        return replace(self, policy=policy.check_models(self.catalog))
+        """The same learner under another policy.
+
+        Raises InputError when that names a model not in the catalogue, or a quality threshold that was not trained.
+        """
+        return replace(self, policy=policy.check_models(self.catalog).check_thresholds(self.thresholds))
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """The quality thresholds that a request may ask for."""
+        own = () if self.quality_threshold is None else (self.quality_threshold,)
+        return getattr(self.estimator, "thresholds", None) or own
+
+    @cached_property
+    def _calls(self) -> tuple[FloatArray, FloatArray, tuple[float, ...]]:
+        """USD per input and per output token of a call with its retries, float32 [m], and the failure rates [m]."""
+        known = self.reliability or Reliability.perfect(len(self.catalog))
+        attempts = np.array(known.attempts, dtype=np.float32)
+        return self.catalog.input_price * attempts, self.catalog.output_price * attempts, known.failure
 
     def decide(self, request: RouteRequest) -> RouteDecision:
         """Routes one request. Raises what `decide_with_estimate` does."""
@@ -60,7 +88,12 @@ class Router:
             limit = getattr(request, name)
             if limit is not None and not 0 <= limit < 2**53:
                 raise InputError(f"{name} has to be a number of 0 or more")
-        min_probability = policy.min_probability(request)
+        dial = policy.dial(request)
+        min_probability, threshold = dial.min_probability, dial.quality_threshold
+        if threshold is not None:
+            check_threshold(threshold, self.thresholds)
+        if threshold != request.quality_threshold or dial.max_cost_usd != request.max_cost_usd:  # the tier's
+            request = replace(request, quality_threshold=threshold, max_cost_usd=dial.max_cost_usd)
         estimate = self.estimator.estimate(request)
         cost = self.expected_cost(request, estimate)
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens)
@@ -74,6 +107,9 @@ class Router:
             cost,
             eligible,
             min_probability,
+            failure=self._calls[2],
+            escalation_rate=policy.escalation_rate,
+            budget_usd=dial.max_cost_usd if dial.objective == "quality" else None,
             willingness_to_pay_usd=request.willingness_to_pay_usd,
             pinned=self._pinned(request) if policy.rules else None,
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
@@ -85,7 +121,12 @@ class Router:
         decision = RouteDecision(
             decision_id=new_id(),
             model=ids[choice.order[0]],
-            candidates=tuple(Candidate(ids[i], p_ok[i], costs[i]) for i in choice.order),
+            candidates=tuple(
+                [
+                    Candidate(ids[i], p_ok[i], costs[i], t)
+                    for i, t in zip(choice.order, choice.total_cost_usd, strict=True)
+                ]
+            ),
             excluded=excluded,
             propensity=choice.propensity,
             explored=choice.explored,
@@ -94,6 +135,7 @@ class Router:
             reason=choice.reason,
             model_version=self.model_version,
             policy_version=policy.version,
+            quality_threshold=self.quality_threshold if threshold is None else threshold,
         )
         return decision, estimate
 
@@ -101,11 +143,15 @@ class Router:
         return next((self.catalog.index[rule.model] for rule in self.policy.rules if rule.matches(request)), None)
 
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
-        """Expected cost of one answer per model in USD, float32 [m]; a request's `max_tokens` caps the output."""
+        """Expected cost of one call per model in USD, its retries included, float32 [m].
+
+        Every attempt counts as a whole one. A request's `max_tokens` caps the output.
+        """
         output = estimate.output_tokens
         if request.max_tokens is not None:
             output = np.minimum(output, np.float32(request.max_tokens))
-        return np.float32(estimate.input_tokens) * self.catalog.input_price + output * self.catalog.output_price
+        input_price, output_price, _ = self._calls
+        return np.float32(estimate.input_tokens) * input_price + output * output_price
 
 
 def new_id() -> str:

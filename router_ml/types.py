@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -13,6 +14,7 @@ FloatArray = npt.NDArray[np.float32]
 Tier = Literal["frontier-closed", "mid-closed", "hosted-open", "self-hosted-open"]
 TIERS: tuple[Tier, ...] = ("frontier-closed", "mid-closed", "hosted-open", "self-hosted-open")
 CAPABILITIES = ("tools", "vision", "json")
+Objective = Literal["cost", "quality"]
 STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled")
 
 
@@ -51,6 +53,8 @@ class Message:
 class RouteRequest:
     """One request to be routed. The dial is `tier` or `min_probability`, or `willingness_to_pay_usd`; see `policy`.
 
+    An answer is acceptable from `quality_threshold` on (None: the tier's, or the bundle's own). `objective` "quality"
+    asks for the most probable model within `max_cost_usd` (None: the tier's, which is "cost" unless it says otherwise).
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
     the tool definitions as JSON; `needs` are capabilities that the request cannot do without.
     """
@@ -72,17 +76,22 @@ class RouteRequest:
     min_probability: float | None = None
     willingness_to_pay_usd: float | None = None
     max_cost_usd: float | None = None
+    quality_threshold: float | None = None
+    objective: Objective | None = None
 
 
 class Candidate(NamedTuple):
-    """One eligible model with its calibrated probability of an acceptable answer and its expected cost in USD.
+    """One eligible model with its calibrated probability of an acceptable answer and its expected costs in USD.
 
+    `expected_cost_usd` is that of the call, retries included; `expected_total_cost_usd` adds what follows when the call
+    fails or its answer is not acceptable (`costs.total_costs`).
     A decision makes one for every model: a tuple takes a third of the time of a frozen dataclass.
     """
 
     model: str
     p_ok: float
     expected_cost_usd: float
+    expected_total_cost_usd: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +99,8 @@ class RouteDecision:
     """The answer to a `RouteRequest`: the chosen model first in `candidates`, then the fallbacks in order.
 
     `propensity` is the exact probability with which the policy chose `model` for this request (exploration included);
-    `excluded` maps each ineligible model to the constraint that kept it out.
+    `excluded` maps each ineligible model to the constraint that kept it out. Every `p_ok` is the probability of an
+    answer of at least `quality_threshold` (None: the learner does not say which).
     """
 
     decision_id: str
@@ -104,6 +114,7 @@ class RouteDecision:
     reason: str
     model_version: str
     policy_version: str
+    quality_threshold: float | None = None
 
     @property
     def chosen(self) -> Candidate:

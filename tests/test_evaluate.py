@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_ml.policy import choose
+from router_ml.choice import choose
 from training.evaluate import (
     aiq_log,
     choose_by_probability,

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from router_ml.catalog import Catalog
+from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
-from router_ml.policy import Policy, Rule
+from router_ml.policy import Dial, Policy, Rule
 from router_ml.router import Router, new_id
 from router_ml.types import Estimate, Message, RouteRequest
+
+PLAIN = Policy(escalation_rate=0.0)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ByLength:
 
 @pytest.fixture
 def router(catalog: Catalog) -> Router:
-    return Router(catalog, ByLength(len(catalog)), Policy(), "v1")
+    return Router(catalog, ByLength(len(catalog)), PLAIN, "v1")
 
 
 def ask(chars: int = 40, **fields: object) -> RouteRequest:
@@ -114,7 +117,7 @@ def test_a_dial_or_limit_that_is_not_valid(router: Router, fields: dict[str, obj
 
 
 def test_a_rule_comes_before_the_learner(router: Router) -> None:
-    pinned = router.with_policy(Policy(rules=(Rule("mid", task="code"),)))
+    pinned = router.with_policy(PLAIN.with_changes(rules=(Rule("mid", task="code"),)))
     assert pinned.decide(ask(task="code")).model == "mid"
     assert pinned.decide(ask()).model == "local"
     assert pinned.decide(ask(task="code", needs=frozenset({"vision"}))).model == "frontier"
@@ -125,14 +128,14 @@ def test_a_rule_comes_before_the_learner(router: Router) -> None:
 
 def test_a_keys_allow_list_binds_and_is_compiled_anew_with_the_policy(router: Router) -> None:
     assert router.decide(ask(key="app")).model == "local"
-    narrow = router.with_policy(Policy(keys={"app": frozenset({"mid", "frontier"})}))
+    narrow = router.with_policy(PLAIN.with_changes(keys={"app": frozenset({"mid", "frontier"})}))
     assert narrow.decide(ask(key="app")).model == "mid"
     assert narrow.decide(ask(key="other")).model == "local"
 
 
 def test_exploration_visits_every_eligible_model_with_its_propensity(router: Router) -> None:
     rng = random.Random(3)
-    exploring = replace(router, policy=Policy(exploration_rate=0.4), draw=rng.random)
+    exploring = replace(router, policy=PLAIN.with_changes(exploration_rate=0.4), draw=rng.random)
     n = 4000
     decisions = [exploring.decide(ask(region="eu")) for _ in range(n)]
     counts = Counter(d.model for d in decisions)
@@ -155,3 +158,125 @@ def test_a_willingness_to_pay_alone_is_the_whole_dial(router: Router) -> None:
     decision = router.decide(ask(100, willingness_to_pay_usd=1e-9))
     assert decision.min_probability == 0.0
     assert decision.chosen.expected_cost_usd == min(c.expected_cost_usd for c in decision.candidates)
+
+
+def test_an_unacceptable_answer_costs_what_the_strongest_takes(router: Router) -> None:
+    """At 100 characters P(ok) is .9, .8, .7, .6; the arithmetic of docs/architecture.md by hand."""
+    cost = {"frontier": 0.007625, "mid": 0.0010125, "hosted": 0.000305, "local": 0.00005125}
+    p_ok = dict(zip(cost, (0.9, 0.8, 0.7, 0.6), strict=True))
+    resort = cost["frontier"] / 0.9
+    for rate in (0.0, 0.1, 0.25, 1.0):
+        decision = router.with_policy(Policy(escalation_rate=rate)).decide(ask(100, min_probability=0.5))
+        total = {m: cost[m] + (1 - p_ok[m]) * rate * resort for m in cost}
+        assert [c.model for c in decision.candidates] == sorted(total, key=total.__getitem__)
+        for c in decision.candidates:
+            assert math.isclose(c.expected_total_cost_usd, total[c.model], rel_tol=1e-5)
+            assert math.isclose(c.expected_cost_usd, cost[c.model], rel_tol=1e-5)
+    # The whole of it: asked until it succeeds, the strongest costs just the last resort.
+    assert math.isclose(total["frontier"], resort) and decision.model == "mid"
+    assert decision.reason == "cheapest candidate with probability at least 0.5, escalation included"
+    # Without the strongest, the next one is the last resort, and a bad answer is cheaper.
+    fewer = router.with_policy(Policy()).decide(ask(100, min_probability=0.5, candidates=("hosted", "local")))
+    assert [c.model for c in fewer.candidates] == ["local", "hosted"]
+    assert math.isclose(fewer.chosen.expected_total_cost_usd, 0.00005125 + 0.4 * 0.000305 / 0.7, rel_tol=1e-5)
+
+
+def test_retries_and_failures_are_paid_for(router: Router) -> None:
+    flaky = replace(router, reliability=Reliability((1.0, 1.0, 1.5, 8.0), (0.0, 0.0, 0.0, 0.1)))
+    decision = flaky.decide(ask(40))
+    costs = {c.model: c.expected_cost_usd for c in decision.candidates}
+    before = {c.model: c.expected_cost_usd for c in router.decide(ask(40)).candidates}
+    for model, attempts in zip(router.catalog.ids, (1.0, 1.0, 1.5, 8.0), strict=True):
+        assert math.isclose(costs[model], attempts * before[model], rel_tol=1e-6)
+    # A call that fails goes on to the strongest even where no bad answer does.
+    local = {c.model: c for c in decision.candidates}["local"]
+    assert math.isclose(
+        local.expected_total_cost_usd, costs["local"] + 0.1 * costs["frontier"] / (1 - 0.04), rel_tol=1e-5
+    )
+    assert decision.model == "hosted" and router.decide(ask(40)).model == "local"
+    # The limit is on the call with its retries.
+    limit = (before["local"] + costs["local"]) / 2
+    assert set(router.decide(ask(40, max_cost_usd=limit)).excluded) == {"frontier", "mid", "hosted"}
+    with pytest.raises(NoEligibleModelError):
+        flaky.decide(ask(40, max_cost_usd=limit))
+
+
+def test_a_stated_worth_stands_in_the_place_of_escalation(router: Router) -> None:
+    dear = replace(router, policy=Policy())
+    for usd in (0.0001, 0.003, 1.0):
+        request = ask(100, willingness_to_pay_usd=usd)
+        assert dear.decide(request).candidates[0].model == router.decide(request).candidates[0].model
+    # The order of total costs is that of a worth as high as the last resort's cost.
+    resort = 0.007625 / 0.9
+    by_total = dear.decide(ask(100, min_probability=0.0))
+    by_worth = router.decide(ask(100, min_probability=0.0, willingness_to_pay_usd=resort))
+    assert [c.model for c in by_total.candidates] == [c.model for c in by_worth.candidates]
+
+
+def test_the_most_quality_within_a_budget(router: Router) -> None:
+    within = router.decide(ask(100, objective="quality", max_cost_usd=0.002))
+    assert within.model == "mid" and within.excluded == {"frontier": "expected cost is above 0.002 USD"}
+    assert within.reason == "most probable candidate within 0.002 USD" and within.meets_threshold
+    assert [c.model for c in within.candidates] == ["mid", "hosted", "local"]
+    assert router.decide(ask(100, objective="cost", max_cost_usd=0.002, min_probability=0.65)).model == "hosted"
+    # What is not good enough is still the most probable, and the answer says that it is not.
+    default = router.with_policy(Policy(unmet="default", default_model="local"))
+    for router_ in (router, default):
+        poor = router_.decide(ask(100, objective="quality", max_cost_usd=0.002, tier="premium"))
+        assert poor.model == "mid" and not poor.meets_threshold and poor.min_probability == 0.85
+    with pytest.raises(InputError, match="give 'max_cost_usd'"):
+        router.decide(ask(objective="quality"))
+    with pytest.raises(InputError, match="not both"):
+        router.decide(ask(objective="quality", max_cost_usd=1.0, willingness_to_pay_usd=1.0))
+    with pytest.raises(InputError, match="unknown objective 'speed': choose one of cost, quality"):
+        router.decide(ask(objective="speed"))
+    with pytest.raises(NoEligibleModelError):
+        router.decide(ask(objective="quality", max_cost_usd=0.0))
+
+
+def test_the_default_is_taken_where_nobody_meets_the_dial_and_the_answer_says_so(router: Router) -> None:
+    default = router.with_policy(Policy(unmet="default", default_model="local"))
+    unmet = default.decide(ask(200, tier="premium"))
+    assert unmet.model == "local" and not unmet.meets_threshold and "the configured default" in unmet.reason
+    assert max(c.p_ok for c in unmet.candidates) < 0.85
+    met = default.decide(ask(200, tier="standard"))
+    assert met.meets_threshold and met.chosen.p_ok >= 0.7
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Half the probability of a good answer for each tenth of quality above 0.5: one estimate, three thresholds."""
+
+    inner: ByLength
+    thresholds: tuple[float, ...] = (0.5, 0.6, 0.8)
+
+    def estimate(self, request: RouteRequest) -> Estimate:
+        threshold = 0.5 if request.quality_threshold is None else request.quality_threshold
+        estimate = self.inner.estimate(request)
+        return replace(estimate, p_ok=estimate.p_ok * np.float32(0.5 ** (10 * (threshold - 0.5))))
+
+
+def test_a_quality_threshold_is_the_requests_the_tiers_or_the_bundles(router: Router, catalog: Catalog) -> None:
+    graded = replace(router, estimator=Graded(ByLength(len(catalog))), quality_threshold=0.5)
+    assert graded.decide(ask(40)).quality_threshold == 0.5
+    best = {t: graded.decide(ask(40, quality_threshold=t)) for t in (None, 0.5, 0.6, 0.8)}
+    assert best[None].chosen.p_ok == best[0.5].chosen.p_ok > best[0.6].chosen.p_ok > best[0.8].chosen.p_ok
+    assert best[0.6].quality_threshold == 0.6 and not best[0.6].meets_threshold
+    with pytest.raises(InputError, match=r"quality_threshold 0\.7 .* which are 0\.5, 0\.6, 0\.8"):
+        graded.decide(ask(40, quality_threshold=0.7))
+    strict = graded.with_policy(
+        PLAIN.with_changes(tiers={"standard": 0.7, "strict": Dial(0.3, 0.6), "rich": Dial(0.1, None, "quality", 0.002)})
+    )
+    decision = strict.decide(ask(40, tier="strict"))
+    assert decision.quality_threshold == 0.6 and decision.meets_threshold and decision.min_probability == 0.3
+    assert strict.decide(ask(40, tier="strict", quality_threshold=0.5)).quality_threshold == 0.5
+    assert strict.decide(ask(40)).quality_threshold == 0.5
+    # A tier may say the objective and its budget, too; the lower budget holds.
+    rich = strict.decide(ask(40, tier="rich"))
+    assert rich.model == "mid" and rich.reason == "most probable candidate within 0.002 USD"
+    assert strict.decide(ask(40, tier="rich", max_cost_usd=0.0005)).model == "hosted"
+    assert strict.decide(ask(40, tier="rich", max_cost_usd=1.0)).model == "mid"
+    with pytest.raises(InputError, match=r"tier 'strict': quality_threshold 0\.7"):
+        graded.with_policy(Policy(tiers={"standard": 0.5, "strict": Dial(0.3, 0.7)}))
+    with pytest.raises(InputError, match="which are none"):
+        router.decide(ask(quality_threshold=0.5))
