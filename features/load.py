@@ -13,18 +13,26 @@ import numpy as np
 from features.encoder import StaticEncoder
 from features.featurizer import CandidateFeaturizer, RequestFeaturizer
 from features.lexicon import Lexicon
+from features.neighbours import Neighbours, from_bytes, to_bytes
 from features.outcomes import from_arrays, to_arrays
-from router_ml.bundle import MANIFEST, Bundle, pack_arrays, read_bundle, write_bundle
-from router_ml.errors import BundleError
+from router_ml.bundle import MANIFEST, Bundle, pack_arrays, read_bundle, read_later, write_bundle
+from router_ml.costs import Reliability
+from router_ml.errors import BundleError, InputError
 from router_ml.policy import Policy
 from router_ml.quality import Calibration, LearnedEstimator
 from router_ml.router import Router
 
 BOOSTER, ENCODER, TOKENS, OUTCOMES = "booster.txt", "encoder.npz", "tokens.json", "outcomes.npz"
+NEIGHBOURS = "neighbours.npz"
 
 
-def save_router(out: str | Path, estimator: LearnedEstimator, manifest: dict[str, Any]) -> str:
-    """Writes a bundle that `load_router` reads; returns its version. `manifest` adds what training knows."""
+def save_router(
+    out: str | Path, estimator: LearnedEstimator, manifest: dict[str, Any], neighbours: Neighbours | None = None
+) -> str:
+    """Writes a bundle that `load_router` reads; returns its version.
+
+    `manifest` adds what training knows, `neighbours` are the past requests that explanations show.
+    """
     featurizer = estimator.featurizer
     if not isinstance(featurizer, CandidateFeaturizer):
         raise TypeError("only a CandidateFeaturizer can be bundled")
@@ -39,6 +47,8 @@ def save_router(out: str | Path, estimator: LearnedEstimator, manifest: dict[str
             {**outcomes, **calibration, "term_keys": lexicon.keys, "idf": lexicon.idf, "success": featurizer.success}
         ),
     }
+    if neighbours is not None:
+        files[NEIGHBOURS] = to_bytes(neighbours)
     return write_bundle(
         out,
         {
@@ -79,11 +89,44 @@ def load_estimator(bundle: Bundle) -> LearnedEstimator:
 def load_router(path: str | Path, policy: Policy | None = None) -> Router:
     """A ready router from a bundle directory, under `policy` or the default one.
 
-    Raises BundleError that names the file at fault, InputError when the policy names a model that is not in the bundle.
+    Raises BundleError that names the file at fault, InputError when the policy names a model or a quality threshold
+    that is not in the bundle.
     """
-    bundle = read_bundle(path)
-    router = Router(bundle.catalog, load_estimator(bundle), policy or Policy(), bundle.version)
+    bundle = read_bundle(path, leave=(NEIGHBOURS,))
+    router = Router(
+        bundle.catalog,
+        load_estimator(bundle),
+        policy or Policy(),
+        bundle.version,
+        reliability=_reliability(bundle),
+        quality_threshold=bundle.manifest.get("quality_threshold"),
+    )
     return router.with_policy(router.policy)
+
+
+def load_neighbours(path: str | Path, version: str) -> Neighbours | None:
+    """The past requests of the bundle at `path` that has this version; None where it was made without them.
+
+    Raises BundleError when the file was altered, or when another bundle has taken that one's place.
+    """
+    data = read_later(path, version, NEIGHBOURS)
+    return None if data is None else from_bytes(data, NEIGHBOURS)
+
+
+def _reliability(bundle: Bundle) -> Reliability | None:
+    """How calls went in the log that the bundle was trained on; None where it does not say."""
+    stated = bundle.manifest.get("reliability")
+    if stated is None:
+        return None
+    try:
+        known = Reliability.from_json(stated)
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{MANIFEST}: 'reliability' cannot be used ({error}): train again") from None
+    if len(known.attempts) != len(bundle.catalog):
+        raise BundleError(
+            f"{MANIFEST}: 'reliability' is of {len(known.attempts)} models, not the catalogue's: train again"
+        )
+    return known
 
 
 def _dump(values: tuple[str, ...]) -> bytes:

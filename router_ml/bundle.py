@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,36 @@ def check_replaceable(out: Path) -> None:
     raise InputError(f"{out} exists and is not a bundle, or not only that: choose another folder, or remove it")
 
 
-def read_bundle(path: str | Path) -> Bundle:
-    """Reads and verifies a bundle. Raises BundleError that names the file at fault and what to do."""
+def read_bundle(path: str | Path, *, leave: Collection[str] = ()) -> Bundle:
+    """Reads and verifies a bundle. Raises BundleError that names the file at fault and what to do.
+
+    The files named in `leave` are verified, too, but not held in memory: `read_later` reads one when it is needed.
+    """
     path = Path(path)
+    manifest, version = _read_manifest(path)
+    files = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name:
+            raise BundleError(f"{path / MANIFEST} lists {name!r}, which is not a plain file name: {_RETRAIN}")
+        data = _read(path, name, expected)
+        if name not in leave:
+            files[name] = data
+    return Bundle(manifest, files, version)
+
+
+def read_later(path: str | Path, version: str, name: str) -> bytes | None:
+    """One file of the bundle at `path` that has this `version`, verified; None where the bundle has no such file.
+
+    Raises BundleError as `read_bundle` does, and when another bundle has taken that one's place.
+    """
+    manifest, found = _read_manifest(Path(path))
+    if found != version:
+        raise BundleError(f"{path} holds bundle {found} now, not {version}: load it again")
+    return _read(Path(path), name, manifest["files"][name]) if name in manifest["files"] else None
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """The manifest, verified, and the bundle's version."""
     if not path.is_dir():
         raise BundleError(f"no bundle at {path}: make one with 'router-ml train --out {path}', or correct the path")
     text = _read(path, MANIFEST)
@@ -154,21 +181,17 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{path} has bundle format {manifest.get('format')!r}, this version of router-ml reads {FORMAT}: "
             "install the version that made it, or train again"
         )
-    files = {}
-    for name, expected in manifest["files"].items():
-        if Path(name).name != name:
-            raise BundleError(f"{path / MANIFEST} lists {name!r}, which is not a plain file name: {_RETRAIN}")
-        data = _read(path, name)
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise BundleError(f"{path / name} does not match its hash in {MANIFEST}, so it was altered: {_RETRAIN}")
-        files[name] = data
-    return Bundle(manifest, files, digest[:12])
+    return manifest, digest[:12]
 
 
-def _read(path: Path, name: str) -> bytes:
+def _read(path: Path, name: str, expected: str | None = None) -> bytes:
+    """A file's bytes; where its SHA-256 is `expected`, they are held against it."""
     try:
-        return (path / name).read_bytes()
+        data = (path / name).read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{path / name} is missing: {_RETRAIN}") from None
     except OSError as error:
         raise BundleError(f"{path / name} cannot be read ({error.strerror}): check its permissions") from None
+    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+        raise BundleError(f"{path / name} does not match its hash in {MANIFEST}, so it was altered: {_RETRAIN}")
+    return data

@@ -144,6 +144,7 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 )
 @ENCODER
 @click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
+@click.option("--keep-prompts", is_flag=True, help="Keep the texts' beginnings in the bundle, for explanations.")
 @click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
 @SEED
 @click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
@@ -151,8 +152,8 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
 @TRACKING
 def train(
-    logs: Path, catalog: Path | None, quality_threshold: float, encoder: str, encoder_model: str | None, holdout: float,
-    seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
+    logs: Path, catalog: Path | None, quality_threshold: float, encoder: str, encoder_model: str | None,
+    keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Learn a router from a log and write it as a bundle.
 
@@ -168,7 +169,7 @@ def train(
     with _stages() as report:
         made = run(
             logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,
-            holdout=holdout, seed=seed, report=report,
+            holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report,
         )  # fmt: skip
     click.echo(f"bundle {made.version} in {out}")
     click.echo(json.dumps(made.metrics, indent=1))
@@ -243,9 +244,16 @@ def serve(
 @click.option("--tier", help="The dial by name.")
 @click.option("--willingness-to-pay-usd", type=float, help="The dial: what an acceptable answer is worth.")
 @click.option("--max-cost-usd", type=float, help="Exclude models that are expected to cost more.")
+@click.option("--quality-threshold", type=float, help="From this quality on an answer is acceptable.")
+@click.option(
+    "--objective",
+    type=click.Choice(["cost", "quality"]),
+    help="The cheapest that meets the dial, or the most probable within --max-cost-usd.",
+)
 def route(
     prompt: str, bundle: Path, policy: Path | None, min_probability: float | None, tier: str | None,
-    willingness_to_pay_usd: float | None, max_cost_usd: float | None,
+    willingness_to_pay_usd: float | None, max_cost_usd: float | None, quality_threshold: float | None,
+    objective: str | None,
 ) -> None:  # fmt: skip
     """Route one PROMPT and print the decision as JSON.
 
@@ -261,6 +269,7 @@ def route(
     request = request_of(
         prompt=prompt, min_probability=min_probability, tier=tier,
         willingness_to_pay_usd=willingness_to_pay_usd, max_cost_usd=max_cost_usd,
+        quality_threshold=quality_threshold, objective=objective,
     )  # fmt: skip
     decision = router.decide(request)
     candidates = [candidate._asdict() for candidate in decision.candidates]

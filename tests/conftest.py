@@ -187,11 +187,14 @@ def tiny_log(catalog: Catalog) -> pl.DataFrame:
 def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really trained bundle, with the lexical encoder. It is shared: copy it before you change it."""
     from features.load import save_router
+    from features.neighbours import newest
     from router_ml.logs import log_sha256
     from training.dataset import build_dataset
     from training.fit import fit
 
     out = tmp_path_factory.mktemp("bundle") / "tiny"
-    learned = fit(build_dataset(tiny_log, catalog), encoder="lexical")
-    save_router(out, learned.estimator, {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}})
+    data = build_dataset(tiny_log, catalog)
+    learned = fit(data, encoder="lexical")
+    manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
+    save_router(out, learned.estimator, manifest, newest(data.ids, learned.embeddings, data.quality))
     return out

@@ -18,6 +18,7 @@ from router_ml.bundle import (
     MANIFEST_HASH,
     pack_arrays,
     read_bundle,
+    read_later,
     swap,
     unpack_arrays,
     write_bundle,
@@ -58,7 +59,8 @@ def test_a_bundle_is_replaced_but_nothing_else_is(tmp_path: Path) -> None:
 def test_one_byte_changed_in_any_file_is_refused_by_its_name(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = _copy(tiny_bundle, tmp_path)
     names = sorted(p.name for p in copy.iterdir())
-    assert {MANIFEST, MANIFEST_HASH, "booster.txt", "outcomes.npz", "encoder.npz", "tokens.json"} == set(names)
+    parts = {"booster.txt", "outcomes.npz", "encoder.npz", "tokens.json", "neighbours.npz"}
+    assert {MANIFEST, MANIFEST_HASH, *parts} == set(names)
     for name in names:
         original = (copy / name).read_bytes()
         for at in (0, len(original) // 2, len(original) - 1):
@@ -69,6 +71,23 @@ def test_one_byte_changed_in_any_file_is_refused_by_its_name(tiny_bundle: Path, 
                 load_router(copy)
         (copy / name).write_bytes(original)
     load_router(copy)
+
+
+def test_a_file_that_is_left_is_checked_and_read_when_it_is_needed(tmp_path: Path) -> None:
+    version = write_bundle(tmp_path / "b", {}, FILES)
+    assert read_bundle(tmp_path / "b", leave=("b.json",)).files == {"a.bin": FILES["a.bin"]}
+    assert read_later(tmp_path / "b", version, "b.json") == FILES["b.json"]
+    assert read_later(tmp_path / "b", version, "c.json") is None
+    (tmp_path / "b" / "b.json").write_bytes(b"[2]")
+    for read in (
+        lambda: read_bundle(tmp_path / "b", leave=("b.json",)),
+        lambda: read_later(tmp_path / "b", version, "b.json"),
+    ):
+        with pytest.raises(BundleError, match=r"b\.json does not match its hash"):
+            read()
+    newer = write_bundle(tmp_path / "b", {}, {"a.bin": b"new"})
+    with pytest.raises(BundleError, match=f"holds bundle {newer} now, not {version}"):
+        read_later(tmp_path / "b", version, "b.json")
 
 
 @pytest.mark.parametrize("name", [MANIFEST, MANIFEST_HASH, "booster.txt"])

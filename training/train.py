@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 
 from features.load import save_router
+from features.neighbours import newest as newest_neighbours
+from features.text import request_text
 from router_ml.bundle import check_replaceable
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
@@ -51,12 +53,14 @@ def train(
     encoder_model: str | None = None,
     holdout: float = 0.2,
     seed: int = 0,
+    keep_prompts: bool = False,
     report: Report | None = None,
 ) -> Training:
     """Trains on a log's older requests, judges on its newest `holdout` share, and writes the bundle to `out`.
 
     The same log, options and machine give the same bytes. The bundle holds the model that was judged: the held-out
-    requests do not enter it. With `holdout` 0 every request is trained on and the metrics are out of fold.
+    requests do not enter it. With `holdout` 0 every request is trained on and the metrics are out of fold. The newest
+    training requests are kept for explanations, with the beginnings of their texts only if `keep_prompts`.
     Raises InputError when an option or the log is not fit for it.
     """
     if not 0.0 <= holdout < 1.0:
@@ -71,11 +75,10 @@ def train(
     catalog = catalog.subset([model for model in catalog.ids if model in present] or list(catalog.ids))
     data = build_dataset(frame, catalog)
     older, newest = split_by_time(data, holdout)
-    made = fit(
-        data.take(older), threshold=threshold, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report
-    )
+    train_data = data.take(older)
+    made = fit(train_data, threshold=threshold, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report)
     held_out = data.take(newest)
-    judged = made.out_of_fold, data.take(older).labels(threshold)
+    judged = made.out_of_fold, train_data.labels(threshold)
     metrics: dict[str, Any] = {
         "train_requests": len(older),
         "train_outcomes": int(data.observed[older].sum()),
@@ -96,9 +99,16 @@ def train(
         "encoder": encoder,
         "holdout": holdout,
         "seed": seed,
+        "keep_prompts": keep_prompts,
     }
     sha = log_sha256(frame)
-    version = save_router(out, made.estimator, {**params, "metrics": metrics, "log_sha256": sha})
+    neighbours = newest_neighbours(
+        train_data.ids,
+        made.embeddings,
+        train_data.quality,
+        [request_text(request) for request in train_data.requests] if keep_prompts else None,
+    )
+    version = save_router(out, made.estimator, {**params, "metrics": metrics, "log_sha256": sha}, neighbours)
     return Training(made, version, params, metrics, held_out, judged, front)
 
 
