@@ -57,8 +57,7 @@ def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
         return math.nan if value is None else value
 
     candidates = tuple(
-        Candidate(c["model"], p_ok=number(c["p_ok"]), expected_cost_usd=number(c["expected_cost_usd"]))
-        for c in row["candidates"]
+        Candidate(c["model"], *(number(c.get(name)) for name in Candidate._fields[1:])) for c in row["candidates"]
     )
     kept = {field.name: row[field.name] for field in fields(RouteDecision) if field.name in row}
     return RouteDecision(**kept | {"candidates": candidates})

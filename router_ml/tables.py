@@ -40,6 +40,7 @@ DECISIONS = sa.Table(
     sa.Column("explored", sa.Boolean, nullable=False),
     sa.Column("meets_threshold", sa.Boolean, nullable=False),
     sa.Column("min_probability", sa.Float, nullable=False),
+    sa.Column("quality_threshold", sa.Float),
     sa.Column("reason", sa.String, nullable=False),
     sa.Column("model_version", sa.String, nullable=False),
     sa.Column("policy_version", sa.String, nullable=False),
@@ -150,6 +151,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "explored": decision.explored,
         "meets_threshold": decision.meets_threshold,
         "min_probability": decision.min_probability,
+        "quality_threshold": decision.quality_threshold,
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
@@ -189,7 +191,8 @@ def _insert_statement(dialect: sa.Dialect) -> tuple[str, tuple[str, ...] | None]
 def _candidates_json(candidates: Iterable[Candidate]) -> str:
     """A JSON array; nine digits hold a float32, and what is not finite becomes null."""
     items = [
-        f'{{"model":{_dump(c.model)},"p_ok":{_number(c.p_ok)},"expected_cost_usd":{_number(c.expected_cost_usd)}}}'
+        f'{{"model":{_dump(c.model)},"p_ok":{_number(c.p_ok)},"expected_cost_usd":{_number(c.expected_cost_usd)},'
+        f'"expected_total_cost_usd":{_number(c.expected_total_cost_usd)}}}'
         for c in candidates
     ]
     return f"[{','.join(items)}]"

@@ -106,8 +106,15 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
         "provider": providers[decision.model],
         "p_ok": chosen.p_ok,
         "expected_cost_usd": chosen.expected_cost_usd,
+        "expected_total_cost_usd": chosen.expected_total_cost_usd,
         "candidates": [
-            {"model": c.model, "provider": providers[c.model], "p_ok": c.p_ok, "expected_cost_usd": c.expected_cost_usd}
+            {
+                "model": c.model,
+                "provider": providers[c.model],
+                "p_ok": c.p_ok,
+                "expected_cost_usd": c.expected_cost_usd,
+                "expected_total_cost_usd": c.expected_total_cost_usd,
+            }
             for c in decision.candidates
         ],
         "excluded": dict(decision.excluded),
@@ -115,6 +122,7 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
         "explored": decision.explored,
         "meets_threshold": decision.meets_threshold,
         "min_probability": decision.min_probability,
+        "quality_threshold": decision.quality_threshold,
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,

@@ -40,6 +40,12 @@ class RouteBody(BaseModel):
         None, description="What an acceptable answer is worth: choose by value among those that meet the dial."
     )
     max_cost_usd: Amount | None = Field(None, description="Models expected to cost more are excluded.")
+    quality_threshold: Share | None = Field(
+        None, description="From this quality on an answer is acceptable: one of those that the bundle was trained for."
+    )
+    objective: Literal["cost", "quality"] | None = Field(
+        None, description="cost: the cheapest that meets the dial; quality: the most probable within `max_cost_usd`."
+    )
     candidates: list[Name] | None = Field(None, max_length=1_000, description="Only these models; default all.")
     data_class: Name | None = Field(None, description="Only models cleared for it; default is the policy's.")
     region: Name | None = Field(None, description="Only models in this region.")
@@ -70,6 +76,8 @@ class RouteBody(BaseModel):
             min_probability=self.min_probability,
             willingness_to_pay_usd=self.willingness_to_pay_usd,
             max_cost_usd=self.max_cost_usd,
+            quality_threshold=self.quality_threshold,
+            objective=self.objective,
         )
 
 
@@ -80,6 +88,7 @@ class CandidateAnswer(TypedDict):
     provider: str
     p_ok: float | None
     expected_cost_usd: float | None
+    expected_total_cost_usd: float | None
 
 
 class RouteAnswer(TypedDict):
@@ -92,12 +101,14 @@ class RouteAnswer(TypedDict):
     provider: str
     p_ok: float | None
     expected_cost_usd: float | None
+    expected_total_cost_usd: float | None
     candidates: list[CandidateAnswer]
     excluded: dict[str, str]
     propensity: float
     explored: bool
     meets_threshold: bool
     min_probability: float
+    quality_threshold: float | None
     reason: str
     model_version: str
     policy_version: str

@@ -83,6 +83,7 @@ def test_the_answer_is_the_routers_decision(live: Running, router: Router, promp
             "provider": router.catalog[c.model].provider,
             "p_ok": pytest.approx(c.p_ok, rel=1e-12),
             "expected_cost_usd": pytest.approx(c.expected_cost_usd, rel=1e-12),
+            "expected_total_cost_usd": pytest.approx(c.expected_total_cost_usd, rel=1e-12),
         }
         for c in decision.candidates
     ]
@@ -91,6 +92,7 @@ def test_the_answer_is_the_routers_decision(live: Running, router: Router, promp
     assert len(answer["decision_id"]) == 32 and answer["request_id"] == "mine"
     for name in ("reason", "propensity", "meets_threshold", "min_probability", "model_version", "policy_version"):
         assert answer[name] == getattr(decision, name)
+    assert answer["quality_threshold"] == decision.quality_threshold
     assert answer["excluded"] == {} and answer["explored"] is False and answer["schema_version"] == 1
 
 
@@ -99,9 +101,64 @@ def test_what_was_learnt_decides(live: Running) -> None:
     assert easy["model"] == "local" and hard["model"] in ("mid", "frontier")
     assert hard["expected_cost_usd"] > easy["expected_cost_usd"]
     assert ask(live, prompt=HARD, tier="economy")["min_probability"] == 0.5
-    assert ask(live, prompt=HARD, min_probability=0.0)["model"] == "local"
+    assert ask(live, prompt=HARD, min_probability=0.0, willingness_to_pay_usd=0.0)["model"] == "local"
     valued = ask(live, prompt=HARD, min_probability=0.0, willingness_to_pay_usd=1000.0)
     assert valued["p_ok"] == max(c["p_ok"] for c in valued["candidates"])
+
+
+@pytest.mark.parametrize("prompt", [EASY, HARD])
+def test_the_chosen_one_has_the_least_total_cost_of_those_that_meet_the_dial(live: Running, prompt: str) -> None:
+    for dial in (0.0, 0.5, 0.7):
+        answer = ask(live, prompt=prompt, min_probability=dial)
+        meeting = [c for c in answer["candidates"] if c["p_ok"] >= dial]
+        assert answer["meets_threshold"] and answer["expected_total_cost_usd"] == min(
+            c["expected_total_cost_usd"] for c in meeting
+        )
+        assert all(c["expected_total_cost_usd"] >= c["expected_cost_usd"] for c in answer["candidates"])
+
+
+def test_the_most_quality_within_a_budget(live: Running) -> None:
+    every = {c["model"]: c for c in ask(live, prompt=HARD)["candidates"]}
+    costs = sorted(c["expected_cost_usd"] for c in every.values())
+    limit = (costs[-2] + costs[-1]) / 2
+    answer = ask(live, prompt=HARD, objective="quality", max_cost_usd=limit, min_probability=1.0)
+    affordable = [c for c in every.values() if c["expected_cost_usd"] <= limit]
+    assert answer["p_ok"] == max(c["p_ok"] for c in affordable) and len(affordable) == 3
+    assert not answer["meets_threshold"] and answer["reason"] == f"most probable candidate within {limit:g} USD"
+    assert ask(live, prompt=HARD, objective="quality", max_cost_usd=limit, min_probability=0.0)["meets_threshold"]
+    labels = f'model="{answer["model"]}",reason="most_quality",tier="custom"'
+    assert live.metric(f"router_decisions_total{{{labels}}}") == 2
+
+
+def test_a_quality_threshold_that_was_not_trained_is_refused_with_those_that_were(live: Running) -> None:
+    assert ask(live, prompt=EASY, quality_threshold=0.5)["quality_threshold"] == 0.5
+    body = {"prompt": SECRET, "quality_threshold": 0.83}
+    said = problem(live.http.post("/route", json=body), 422, "invalid-request")
+    assert "quality_threshold 0.83" in said["detail"] and "which are 0.5" in said["detail"]
+
+
+def test_where_no_candidate_meets_the_dial_the_answer_says_so(tiny_bundle: Path, tmp_path: Path, live: Running) -> None:
+    unmet = ask(live, prompt=HARD, min_probability=1.0)
+    assert not unmet["meets_threshold"] and unmet["p_ok"] == max(c["p_ok"] for c in unmet["candidates"])
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        'unmet = "default"\ndefault_model = "hosted"\n[tiers]\nstandard = 0.7\n'
+        'spend = { min_probability = 1.0, quality_threshold = 0.5, objective = "quality", max_cost_usd = 10.0 }\n'
+    )
+    with running(tiny_bundle, tmp_path / "store.db", policy=policy) as other:
+        default = ask(other, prompt=HARD, min_probability=1.0)
+        assert default["model"] == "hosted" and not default["meets_threshold"]
+        assert default["reason"] == "no candidate reaches 1: the configured default"
+        assert ask(other, prompt=EASY)["meets_threshold"]
+        spend = ask(other, prompt=HARD, tier="spend")
+        assert spend["p_ok"] == max(c["p_ok"] for c in spend["candidates"]) and not spend["meets_threshold"]
+        rows = {row["decision_id"]: row for row in other.decisions()}
+    for answer in (default, spend):
+        row = rows[answer["decision_id"]]
+        assert (row["meets_threshold"], row["quality_threshold"]) == (False, 0.5)
+        assert [c["expected_total_cost_usd"] for c in row["candidates"]] == pytest.approx(
+            [c["expected_total_cost_usd"] for c in answer["candidates"]], rel=1e-8
+        )
 
 
 def test_an_openai_body_is_understood_and_the_rest_of_it_ignored(live: Running, router: Router) -> None:
@@ -204,6 +261,9 @@ JSON = {"content-type": "application/json"}
         (b'{"prompt": "x", "min_probability": NaN}', 422, "invalid-request", "min_probability"),
         ({"prompt": SECRET, "min_probability": 0.5, "tier": "economy"}, 422, "invalid-request", "not both"),
         ({"prompt": SECRET, "max_cost_usd": -1}, 422, "invalid-request", "max_cost_usd"),
+        ({"prompt": SECRET, "objective": "speed"}, 422, "invalid-request", "'cost' or 'quality'"),
+        ({"prompt": SECRET, "objective": "quality"}, 422, "invalid-request", "give 'max_cost_usd'"),
+        ({"prompt": SECRET, "quality_threshold": 1.5}, 422, "invalid-request", "quality_threshold"),
         ({"prompt": SECRET, "max_tokens": -1}, 422, "invalid-request", "max_tokens"),
         ({"prompt": SECRET, "max_tokens": 1e400}, 422, "invalid-request", "max_tokens"),
         ({"prompt": SECRET, "max_tokens": 10**30}, 422, "invalid-request", "max_tokens"),
