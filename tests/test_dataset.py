@@ -10,9 +10,10 @@ import polars as pl
 import pytest
 
 from router_ml.catalog import Catalog
+from router_ml.costs import Reliability
 from router_ml.errors import InputError
 from router_ml.logs import LOG_SCHEMA
-from training.dataset import build_dataset, folds_of, split_by_time
+from training.dataset import PRIOR_CALLS, build_dataset, folds_of, reliability, split_by_time
 
 
 def _log(catalog: Catalog, rows: list[dict[str, Any]]) -> pl.DataFrame:
@@ -92,3 +93,34 @@ def test_a_fallbacks_propensity_is_that_of_another_model(catalog: Catalog) -> No
     data = build_dataset(_log(catalog, rows), catalog)
     assert data.quality[0, 1] == 1.0
     assert np.isnan(data.propensity[0]).all()
+
+
+def test_retries_and_failures_are_shrunk_to_those_of_all_models(catalog: Catalog) -> None:
+    first, second, third, fourth = catalog.ids
+    rows = [
+        *[{"model": first, "retries": 3, "quality": 1.0}] * 60,  # without prompts: they count all the same
+        *[{"model": first, "status": "timeout", "retries": 3}] * 20,
+        *[{"model": second, "retries": 0}] * 100,
+        # The failed call and its retries are the chosen model's, the answer is the other's.
+        *[{"model": second, "fallback_from": third, "retries": 2}] * 20,
+        # Nothing that is known of how a call went.
+        *[{"model": fourth, "status": None}] * 50,
+        {"model": fourth, "status": "cancelled"},
+        {"model": "unheard-of", "status": "error", "retries": 9},
+    ]
+    found = reliability(_log(catalog, rows), catalog)
+    attempts, failure = (80 * 4 + 100 + 20 * 3) / 200, (20 + 20) / 220
+    want = [
+        ((80 * 4 + PRIOR_CALLS * attempts) / (80 + PRIOR_CALLS), (20 + PRIOR_CALLS * failure) / (80 + PRIOR_CALLS)),
+        ((100 + PRIOR_CALLS * attempts) / (100 + PRIOR_CALLS), PRIOR_CALLS * failure / (120 + PRIOR_CALLS)),
+        ((60 + PRIOR_CALLS * attempts) / (20 + PRIOR_CALLS), (20 + PRIOR_CALLS * failure) / (20 + PRIOR_CALLS)),
+        (attempts, failure),
+    ]
+    np.testing.assert_allclose(np.transpose([found.attempts, found.failure]), want)
+
+
+def test_a_log_that_says_nothing_of_calls_has_no_retries_and_no_failures(catalog: Catalog) -> None:
+    found = reliability(_log(catalog, [{"prompt": "a", "status": None}]), catalog)
+    assert found == Reliability.perfect(4)
+    answered = reliability(_log(catalog, [{"prompt": "a", "quality": 0.0, "status": None}] * 5), catalog)
+    assert answered == Reliability.perfect(4)

@@ -10,10 +10,14 @@ import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.conversation import request_of_log_row
+from router_ml.costs import Reliability
 from router_ml.errors import InputError
 from router_ml.types import RouteRequest
 
 Matrix = npt.NDArray[np.float32]
+FAILURES = ("error", "timeout", "rate_limited")
+PRIOR_CALLS = 20.0
+"""A model's own rates count as much as those of all models together at this many calls."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,40 @@ def build_dataset(log: pl.DataFrame, catalog: Catalog) -> Dataset:
         matrix("propensity"),
         session.to_numpy(),
     )
+
+
+def reliability(log: pl.DataFrame, catalog: Catalog) -> Reliability:
+    """Attempts a call and share of calls without an answer per model, shrunk to those of all models together.
+
+    Rows without a prompt count, too. A row after a fallback is two calls: one of `fallback_from` that failed, to which
+    its retries belong (a gateway retries the model that it chose before it falls back), and one of the model that
+    served. A row of which nothing is reported says nothing, nor does a cancelled one of failures. With n calls the
+    estimate is (sum + `PRIOR_CALLS` * mean of all) / (n + `PRIOR_CALLS`), the posterior mean under a prior of that
+    weight; without any calls there are no retries and no failures.
+    """
+    ids = list(catalog.ids)
+    answered = (pl.col("status") == "ok") | (pl.col("status").is_null() & pl.col("quality").is_not_null())
+    served = log.select(
+        "model",
+        attempts=pl.when(pl.col("fallback_from").is_null()).then(1 + pl.col("retries")).cast(pl.Float64),
+        failed=pl.when(pl.col("status").is_in(FAILURES)).then(1.0).when(answered).then(0.0),
+    )
+    fell = log.filter(pl.col("fallback_from").is_not_null()).select(
+        model="fallback_from", attempts=(1 + pl.col("retries")).cast(pl.Float64), failed=pl.lit(1.0)
+    )
+    calls = pl.concat([served, fell]).filter(pl.col("model").is_in(ids))
+    per_model = calls.group_by("model").agg(
+        *(f for name in ("attempts", "failed") for f in (pl.col(name).sum(), pl.col(name).count().alias(f"{name}_n")))
+    )
+    rows = {row["model"]: row for row in per_model.iter_rows(named=True)}
+
+    def shrunk(name: str, unknown: float) -> tuple[float, ...]:
+        mean = calls[name].mean()
+        prior = unknown if mean is None else float(mean)  # type: ignore[arg-type]
+        sums = [(rows[m][name], rows[m][f"{name}_n"]) if m in rows else (0.0, 0) for m in ids]
+        return tuple((total + PRIOR_CALLS * prior) / (n + PRIOR_CALLS) for total, n in sums)
+
+    return Reliability(shrunk("attempts", 1.0), shrunk("failed", 0.0))
 
 
 def split_by_time(data: Dataset, holdout: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -18,7 +18,7 @@ from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.logs import log_sha256, read_log
 from router_ml.types import Estimate
-from training.dataset import Dataset, build_dataset, split_by_time
+from training.dataset import Dataset, build_dataset, reliability, split_by_time
 from training.encoders import ENCODERS
 from training.evaluate import Frontier, cost_at, frontier, scores
 from training.fit import Fit, Report, fit
@@ -108,8 +108,17 @@ def train(
         train_data.quality,
         [request_text(request) for request in train_data.requests] if keep_prompts else None,
     )
-    version = save_router(out, made.estimator, {**params, "metrics": metrics, "log_sha256": sha}, neighbours)
+    calls = reliability(_before(frame, held_out), catalog).to_json()
+    manifest = {**params, "metrics": metrics, "log_sha256": sha, "reliability": calls}
+    version = save_router(out, made.estimator, manifest, neighbours)
     return Training(made, version, params, metrics, held_out, judged, front)
+
+
+def _before(log: pl.DataFrame, held_out: Dataset) -> pl.DataFrame:
+    """The log's rows that are older than every held-out request."""
+    if not len(held_out):
+        return log
+    return log.filter(pl.col("time") < log.filter(pl.col("request_id").is_in(held_out.ids))["time"].min())
 
 
 def _frontier(data: Dataset, estimates: list[Estimate]) -> Frontier | None:
