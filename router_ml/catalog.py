@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,14 @@ class Catalog:
             if card.id in seen:
                 raise InputError(f"the catalogue lists model {card.id!r} twice: remove one of the two")
             seen.add(card.id)
+        for card in self.cards:
+            if card.sibling == card.id:
+                raise InputError(f"model {card.id!r} is its own sibling: name another model, or leave 'sibling' out")
+            if card.sibling is not None and card.sibling not in seen:
+                raise InputError(
+                    f"model {card.id!r} names the sibling {card.sibling!r}, which the catalogue does not list: "
+                    "name a model that it does, or leave 'sibling' out"
+                )
 
     def __len__(self) -> int:
         return len(self.cards)
@@ -67,12 +75,20 @@ class Catalog:
         return np.array([c.output_usd_per_mtok * 1e-6 for c in self.cards], dtype=np.float32)
 
     def subset(self, models: list[str]) -> Catalog:
-        """The catalogue restricted to `models`, in catalogue order. Raises InputError for one that it does not list."""
+        """The catalogue restricted to `models`, in catalogue order; a sibling that is left out is no longer named.
+
+        Raises InputError for a model that it does not list.
+        """
         for model in models:
             if model not in self:
                 raise InputError(f"model {model!r} is not in the catalogue: add its card, or leave it out")
         keep = set(models)
-        return Catalog(tuple(card for card in self.cards if card.id in keep))
+        kept = (card for card in self.cards if card.id in keep)
+        return Catalog(tuple(replace(c, sibling=c.sibling if c.sibling in keep else None) for c in kept))
+
+    def with_card(self, card: ModelCard) -> Catalog:
+        """The catalogue with one more model, in last place. Raises InputError when it is listed, or its sibling not."""
+        return Catalog((*self.cards, card))
 
     def to_json(self) -> dict[str, Any]:
         """The catalogue as the JSON object that `from_json` reads."""
@@ -81,6 +97,7 @@ class Catalog:
                 {
                     name: sorted(value) if isinstance(value, frozenset) else value
                     for name, value in ((n, getattr(card, n)) for n in ModelCard.__dataclass_fields__)
+                    if value is not None
                 }
                 for card in self.cards
             ]
@@ -92,7 +109,7 @@ class Catalog:
         models = data.get("models") if isinstance(data, Mapping) else None
         if not isinstance(models, list):
             raise InputError(f"{source}: expected an object with an array 'models' of model cards")
-        return cls(tuple(_card(entry, source) for entry in models))
+        return cls(tuple(card_from_json(entry, source) for entry in models))
 
     @classmethod
     def load(cls, path: str | Path) -> Catalog:
@@ -107,9 +124,13 @@ class Catalog:
         return cls.from_json(data, str(path))
 
 
-def _card(entry: Any, source: str) -> ModelCard:
+def card_from_json(entry: Any, source: str) -> ModelCard:
+    """One model card from parsed JSON, as an entry of a catalogue's `models`. Raises InputError that names the field.
+
+    That its sibling exists is for the catalogue to say.
+    """
     if not isinstance(entry, Mapping):
-        raise InputError(f"{source}: every entry of 'models' has to be an object, not {type(entry).__name__}")
+        raise InputError(f"{source}: a model card has to be an object, not {type(entry).__name__}")
     where = f"{source}, model {entry.get('id', '?')!r}"
     for name in _REQUIRED:
         if name not in entry:
@@ -139,6 +160,9 @@ def _card(entry: Any, source: str) -> ModelCard:
     wrong = sorted(sets.get("capabilities", frozenset()) - set(CAPABILITIES))
     if wrong:
         raise InputError(f"{where}: capability {wrong[0]!r} is not one of {', '.join(CAPABILITIES)}")
+    sibling = entry.get("sibling")
+    if sibling is not None and not isinstance(sibling, str):
+        raise InputError(f"{where}: 'sibling' has to be the id of another model")
     return ModelCard(
         id=entry["id"],
         provider=entry["provider"],
@@ -146,5 +170,6 @@ def _card(entry: Any, source: str) -> ModelCard:
         input_usd_per_mtok=float(entry["input_usd_per_mtok"]),
         output_usd_per_mtok=float(entry["output_usd_per_mtok"]),
         context_window=window,
+        sibling=sibling,
         **sets,
     )

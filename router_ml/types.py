@@ -23,6 +23,7 @@ class ModelCard:
     """What is declared of one candidate model. Prices are USD per million tokens, windows are tokens.
 
     `capabilities`, `regions` and `data_classes` are what the model is cleared for: what is not listed is not allowed.
+    `sibling` names the model of the catalogue that it most resembles: what is expected of it until outcomes are known.
     """
 
     id: str
@@ -34,6 +35,7 @@ class ModelCard:
     capabilities: frozenset[str] = frozenset()
     regions: frozenset[str] = frozenset()
     data_classes: frozenset[str] = frozenset({"public"})
+    sibling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
