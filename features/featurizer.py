@@ -13,7 +13,7 @@ from features.lexicon import Lexicon
 from features.outcomes import KernelMap, OutcomeHeads
 from features.text import STATISTICS, conversation_chars, request_text, text_statistics, words
 from router_ml.catalog import Catalog
-from router_ml.types import CandidateFeatures, FloatArray, RouteRequest
+from router_ml.types import CandidateFeatures, FloatArray, ModelCard, RouteRequest
 
 DESCRIPTORS = ("model_success", "model_log_input_price", "model_log_output_price")
 PARTS = ("kernel", "lexical")
@@ -57,6 +57,8 @@ class CandidateFeaturizer:
 
     `success` float32 [m] is each model's mean rate of acceptable answers, shrunk to the mean of all; `input_tokens_fit`
     holds (a, b) of input tokens = a + b * characters. In training every fold has its own `heads`, fitted on the others.
+    The first `trained` models (None: all) are those of the training; a row's means run over these, so that a model
+    which joins later changes nothing for them.
     """
 
     catalog: Catalog
@@ -64,6 +66,7 @@ class CandidateFeaturizer:
     heads: OutcomeHeads
     success: FloatArray
     input_tokens_fit: tuple[float, float]
+    trained: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,6 +86,19 @@ class CandidateFeaturizer:
         """The same path with other heads: what a fold of training uses."""
         return replace(self, heads=heads, success=success)
 
+    def with_model(self, card: ModelCard, heads: OutcomeHeads, success: float) -> CandidateFeaturizer:
+        """The same path for one more model, in last place, with heads that have it. The others' rows stay as they are.
+
+        Raises InputError when the model is there already, or its sibling is not.
+        """
+        return replace(
+            self,
+            catalog=self.catalog.with_card(card),
+            heads=heads,
+            success=np.append(self.success, np.float32(success)),
+            trained=len(self.catalog) if self.trained is None else self.trained,
+        )
+
     def transform(self, request: RouteRequest) -> CandidateFeatures:
         """The features of one live request."""
         return self.rows(self.requests.transform(request))
@@ -93,7 +109,8 @@ class CandidateFeaturizer:
         k, m = parts.shape
         rows = self._template.copy()
         rows[:, :k] = parts.T
-        rows[:, k : 2 * k] = np.add.reduce(parts, axis=1) * np.float32(1.0 / m)
+        known = m if self.trained is None else self.trained
+        rows[:, k : 2 * k] = np.add.reduce(parts[:, :known], axis=1) * np.float32(1.0 / known)
         rows[:, -len(STATISTICS) :] = features.statistics
         a, b = self.input_tokens_fit
         return CandidateFeatures(rows, parts, tokens, a + b * features.chars, features.embedding)

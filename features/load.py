@@ -58,6 +58,7 @@ def save_router(
             "features_sha256": _names_hash(featurizer.names),
             "encoder": {"id": encoder.id, "pieces": encoder.pieces, "dim": encoder.dim},
             "input_tokens_fit": list(featurizer.input_tokens_fit),
+            "trained_models": len(featurizer.catalog) if featurizer.trained is None else featurizer.trained,
         },
         files,
     )
@@ -73,7 +74,12 @@ def load_estimator(bundle: Bundle) -> LearnedEstimator:
     lexicon = Lexicon(len(encoder.tokens), arrays["term_keys"].astype(np.int64), arrays["idf"].astype(np.float32))
     a, b = bundle.manifest["input_tokens_fit"]
     featurizer = CandidateFeaturizer(
-        bundle.catalog, RequestFeaturizer(encoder, kernel_map, lexicon), heads, arrays["success"], (a, b)
+        bundle.catalog,
+        RequestFeaturizer(encoder, kernel_map, lexicon),
+        heads,
+        arrays["success"],
+        (a, b),
+        bundle.manifest.get("trained_models"),
     )
     if bundle.manifest["features_sha256"] != _names_hash(featurizer.names):
         raise BundleError(

@@ -92,6 +92,28 @@ class OutcomeHeads:
         tokens: FloatArray = np.exp(np.minimum(from_kernel[m:], np.float32(14.0))) * self.tokens_scale
         return parts, tokens
 
+    def with_model(self, mix: FloatArray, shift: float, tokens_mix: FloatArray, tokens_factor: float) -> OutcomeHeads:
+        """The heads with one more model in last place, whose columns are mixtures of those that are there.
+
+        Its estimates of P(ok) are the existing models', weighted by `mix` [m], plus `shift`; its output tokens are
+        their geometric mean, weighted by `tokens_mix` [m] (which sums to 1), times `tokens_factor`. The other models'
+        columns stay as they are.
+        """
+        m = len(self.lexical_b)
+
+        def more(weights: FloatArray, by: FloatArray, add: float = 0.0) -> FloatArray:
+            new = weights.astype(np.float64) @ by.astype(np.float64) + add
+            return np.concatenate([weights, new[..., None].astype(np.float32)], axis=-1)
+
+        scale = math.exp(float(np.log(self.tokens_scale.astype(np.float64)) @ tokens_mix)) * tokens_factor
+        return OutcomeHeads(
+            kernel_w=np.concatenate([more(self.kernel_w[:, :m], mix), more(self.kernel_w[:, m:], tokens_mix)], axis=1),
+            kernel_b=np.concatenate([more(self.kernel_b[:m], mix, shift), more(self.kernel_b[m:], tokens_mix)]),
+            lexical_w=more(self.lexical_w, mix),
+            lexical_b=more(self.lexical_b, mix, shift),
+            tokens_scale=np.append(self.tokens_scale, np.float32(scale)),
+        )
+
 
 def to_arrays(kernel_map: KernelMap, heads: OutcomeHeads) -> dict[str, npt.NDArray[np.generic]]:
     """Everything that a bundle keeps of the outcome features, by name."""
