@@ -174,3 +174,31 @@ def test_a_swap_that_fails_brings_the_old_bundle_back(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         swap(tmp_path / "never made", tmp_path / "b", tmp_path / "old")
     assert read_bundle(tmp_path / "b").files == FILES
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        ({"attempts": [1.0], "failure": [0.0]}, "of 1 models"),
+        ({"attempts": [1.0] * 4}, "failure"),
+        ({"attempts": [0.5] * 4, "failure": [0.0] * 4}, "attempts of 1 or more"),
+        (7, "cannot be used"),
+    ],
+)
+def test_reliability_that_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path, stated: object, says: str) -> None:
+    bundle = read_bundle(tiny_bundle)
+    write_bundle(tmp_path / "b", {**bundle.manifest, "reliability": stated}, bundle.files)
+    with pytest.raises(BundleError, match=f"'reliability'.*{says}.*train again"):
+        load_router(tmp_path / "b")
+
+
+def test_a_bundle_knows_its_threshold_and_how_calls_went(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    known = {"attempts": [1.0, 1.5, 2.0, 1.0], "failure": [0.0, 0.1, 0.0, 0.0]}
+    write_bundle(tmp_path / "b", {**bundle.manifest, "reliability": known}, bundle.files)
+    request = request_of(prompt="What is the plural of river?")
+    plain, told = (load_router(path).decide(request) for path in (tiny_bundle, tmp_path / "b"))
+    cost, dearer = ({c.model: c.expected_cost_usd for c in made.candidates} for made in (plain, told))
+    for model, attempts in zip(bundle.catalog.ids, known["attempts"], strict=True):
+        assert dearer[model] == pytest.approx(attempts * cost[model], rel=1e-6)
+    assert plain.quality_threshold == told.quality_threshold == 0.5

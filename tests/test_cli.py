@@ -124,6 +124,17 @@ def test_route_prints_the_decision_as_json(way: Way) -> None:
     surest = json.loads(ok("route", "What is 2 + 2?", "--bundle", way / "bundle", "--min-probability", "1"))
     assert not surest["meets_threshold"]
     assert surest["candidates"][0]["p_ok"] == max(c["p_ok"] for c in surest["candidates"])
+    most = ["--objective", "quality", "--max-cost-usd", str(0.9 * dear), "--quality-threshold", "0.5"]
+    within = json.loads(ok("route", "What is 2 + 2?", "--bundle", way / "bundle", *most))
+    assert within["candidates"][0]["p_ok"] == max(c["p_ok"] for c in within["candidates"])
+    assert within["quality_threshold"] == 0.5 and "most probable candidate within" in within["reason"]
+    assert all(c["expected_total_cost_usd"] > c["expected_cost_usd"] for c in within["candidates"])
+
+
+def test_route_says_what_a_threshold_or_an_objective_lacks(way: Way) -> None:
+    command = ["route", "hi", "--bundle", way / "bundle"]
+    assert "quality_threshold 0.83" in refused(*command, "--quality-threshold", "0.83")
+    assert "give 'max_cost_usd', too" in refused(*command, "--objective", "quality")
 
 
 def test_route_under_a_policy_file(way: Way, tmp_path: Path) -> None:
@@ -239,6 +250,9 @@ BAD_POLICIES = {
     'default_tier = "platinum"': "default_tier 'platinum' is not one of the tiers economy, standard, premium",
     "exploration_rate = 2": "exploration_rate has to be a number in [0, 1], not 2",
     "[tiers]\nstandard = 7": "tier 'standard' has to be a number in [0, 1]",
+    "[tiers]\nstandard = { min_probability = 0.7, quality_threshold = 0.83 }": (
+        "tier 'standard': quality_threshold 0.83 is not one that the bundle was trained for, which are 0.5"
+    ),
     'colour = "blue"': "unknown setting 'colour'; known are",
     "tiers = ": "is not readable TOML",
     '[[rules]]\nmodel = "gpt-9"': "the policy names model 'gpt-9', which the catalogue does not list",

@@ -86,6 +86,7 @@ def test_predictions_are_the_routers_own_decisions(model: Any, router: Router, f
         "model",
         "p_ok",
         "expected_cost_usd",
+        "expected_total_cost_usd",
         "meets_threshold",
         "reason",
         *(f"p_ok/{name}" for name in router.catalog.ids),
@@ -100,6 +101,7 @@ def test_predictions_are_the_routers_own_decisions(model: Any, router: Router, f
         decision, row = router.decide(request), answer.iloc[i]
         assert (row["model"], row["p_ok"]) == (decision.model, decision.chosen.p_ok)
         assert row["expected_cost_usd"] == decision.chosen.expected_cost_usd
+        assert row["expected_total_cost_usd"] == decision.chosen.expected_total_cost_usd
         assert (row["meets_threshold"], row["reason"]) == (decision.meets_threshold, decision.reason)
         estimates = answer.filter(like="p_ok/").to_numpy()[i]
         np.testing.assert_array_equal(estimates.astype(np.float32), router.estimator.estimate(request).p_ok)
@@ -123,6 +125,8 @@ def test_a_row_without_an_eligible_model_says_why_and_the_others_are_answered(mo
         ({"prompt": ["x", None]}, "row 1: 'prompt' has to be a text"),
         ({"prompt": ["x"], "tier": ["deluxe"]}, "row 0: .*deluxe"),
         ({"prompt": ["x"], "max_tokens": ["many"]}, "row 0: .*many"),
+        ({"prompt": ["x"], "quality_threshold": [0.9]}, "row 0: quality_threshold 0.9 .* which are 0.5"),
+        ({"prompt": ["x"], "objective": ["quality"]}, "row 0: .*give 'max_cost_usd'"),
         ({"prompt": ["x"], "needs": ["tools"]}, "row 0: 'needs' has to be a list of names"),
     ],
 )

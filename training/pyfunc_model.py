@@ -15,8 +15,8 @@ from router_ml.registry import BUNDLE
 from router_ml.router import Router
 from router_ml.types import Message, RouteRequest
 
-_TEXTS = ("tier", "task", "tenant", "key", "session", "request_id", "data_class", "region")
-_NUMBERS = ("min_probability", "willingness_to_pay_usd", "max_cost_usd")
+_TEXTS = ("tier", "objective", "task", "tenant", "key", "session", "request_id", "data_class", "region")
+_NUMBERS = ("min_probability", "quality_threshold", "willingness_to_pay_usd", "max_cost_usd")
 _INTEGERS = ("max_tokens", "tools", "tools_chars")
 _LISTS = ("needs", "candidates")
 _KNOWN = ("prompt", *_TEXTS, *_NUMBERS, *_INTEGERS, *_LISTS)
@@ -38,24 +38,23 @@ class RouterModel(PythonModel):
 
         Optional columns are the dial (`tier` or `min_probability`, `max_cost_usd`) and the other fields of a
         RouteRequest; an empty cell leaves its field out. The answer has `model`, `p_ok`, `expected_cost_usd`,
-        `meets_threshold` and `reason` of the choice (where no model is eligible: None, NaN, NaN, False and why), then
-        one column `p_ok/<model>` per model of the catalogue, in its order. Raises InputError for a missing or unknown
-        column and for a bad value.
+        `expected_total_cost_usd`, `meets_threshold` and `reason` of the choice (where no model is eligible: None, NaN,
+        NaN, NaN, False and why), then one column `p_ok/<model>` per model of the catalogue, in its
+        order. Raises InputError for a missing or unknown column and for a bad value.
         """
         frame = _frame(model_input)
         rows = [self._row(position, row) for position, row in enumerate(frame.to_dict("records"))]
-        columns = ["model", "p_ok", "expected_cost_usd", "meets_threshold", "reason"]
+        columns = ["model", "p_ok", "expected_cost_usd", "expected_total_cost_usd", "meets_threshold", "reason"]
         columns += [f"p_ok/{model}" for model in self.router.catalog.ids]
         return pd.DataFrame.from_records(rows, columns=columns, index=frame.index)
 
     def _row(self, position: int, row: dict[str, Any]) -> tuple[Any, ...]:
         try:
             request = _request(row)
-            p_ok = self.router.estimator.estimate(request).p_ok
-            decision = self.router.decide(request)
+            decision, estimate = self.router.decide_with_estimate(request)
         except NoEligibleModelError as error:
             why = "; ".join(f"{model}: {reason}" for model, reason in error.excluded.items())
-            return (None, np.nan, np.nan, False, why, *p_ok.tolist())
+            return (None, np.nan, np.nan, np.nan, False, why, *self.router.estimator.estimate(request).p_ok.tolist())
         except (InputError, TypeError, ValueError) as error:
             raise InputError(f"row {position}: {error}") from None
         chosen = decision.chosen
@@ -63,9 +62,10 @@ class RouterModel(PythonModel):
             chosen.model,
             chosen.p_ok,
             chosen.expected_cost_usd,
+            chosen.expected_total_cost_usd,
             decision.meets_threshold,
             decision.reason,
-            *p_ok.tolist(),
+            *estimate.p_ok.tolist(),
         )
 
 
