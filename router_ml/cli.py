@@ -204,13 +204,19 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
 @click.option("--store-prompts", is_flag=True, help="Keep prompts with the decisions, so that they can be trained on.")
+@click.option(
+    "--store-features/--no-store-features",
+    default=True,
+    show_default=True,
+    help="Keep what the learner saw of a request (not its text) with the decision, which explains it later.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of key names and the SHA-256 of their keys.")
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: bool,
-    host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    store_features: bool, host: str, port: int, api_keys: Path | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -228,7 +234,8 @@ def serve(
         bundle = registry.download(tracking_uri, name, version.version, cache)
     assert bundle is not None
     settings = Settings(
-        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, host=host, port=port,
+        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, store_features=store_features,
+        host=host, port=port,
         api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip
     from serving.app import serve as run
@@ -274,6 +281,35 @@ def route(
     decision = router.decide(request)
     candidates = [candidate._asdict() for candidate in decision.candidates]
     click.echo(json.dumps({**dataclasses.asdict(decision), "candidates": candidates}, indent=1))
+
+
+@main.command()
+@click.argument("decision_id")
+@click.option("--bundle", required=True, type=PathArg, help="The directory of the bundle that made the decision.")
+@click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
+@click.option("--neighbours", default=10, show_default=True, type=click.IntRange(0), help="Past requests to show.")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+def explain(decision_id: str, bundle: Path, store: str, neighbours: int, as_json: bool) -> None:
+    """Explain a stored decision: each candidate's estimate taken apart, what excluded it, and past requests like it.
+
+    Example: router-ml explain 01a2027725327f66ee2a3f92a30962cd --bundle bundle --store router-ml.db
+    """
+    from features.explain import as_text, explain_stored
+    from features.load import load_neighbours, load_router
+    from router_ml.errors import InputError
+    from router_ml.store import Store
+
+    if "://" not in store and not Path(store).is_file():
+        raise InputError(f"no store at {store}: give --store as 'router-ml serve' was given it")
+    row = Store(store).decision(decision_id)
+    if row is None:
+        raise InputError(
+            f"the store knows no decision {decision_id!r}: check --store, and the id, the answer's 'decision_id'"
+        )
+    router = load_router(bundle)
+    past = load_neighbours(bundle, router.model_version)
+    explanation = explain_stored(router, row, past, nearest=neighbours)
+    click.echo(json.dumps(explanation.to_json(prompts=True), indent=1) if as_json else as_text(explanation))
 
 
 @main.command()

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Security
@@ -33,6 +33,7 @@ from serving.problems import MEDIA_TYPE, ProblemError
 from serving.routes import ApiKeys, JsonRoute
 from serving.schemas import (
     SCHEMA_VERSION,
+    ExplanationAnswer,
     ModelsAnswer,
     OutcomeAnswer,
     OutcomeBody,
@@ -83,7 +84,7 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
     started = time.perf_counter()
     asked = body.to_request(request.scope["caller"])
     try:
-        decision = live.router.decide(asked)
+        decision, estimate = live.router.decide_with_estimate(asked)
     except NoEligibleModelError as error:
         service.metrics.refused(error.excluded)
         raise
@@ -96,9 +97,10 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
             "messages": json.dumps(body.messages) if body.messages is not None else None,
             "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
         }
-    service.store.record(asked, decision, provider=providers[decision.model], **text)
+    features = estimate.features if service.settings.store_features else None
+    service.store.record(asked, decision, provider=providers[decision.model], features=features, **text)
     chosen = decision.candidates[0]
-    return {
+    answer: RouteAnswer = {
         "schema_version": SCHEMA_VERSION,
         "decision_id": decision.decision_id,
         "request_id": asked.request_id,
@@ -127,6 +129,10 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
     }
+    if body.explain and estimate.features is not None:
+        explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
+        answer["explanation"] = cast("ExplanationAnswer", explanation)
+    return answer
 
 
 @api.post("/outcomes", summary="Report what became of a decision", responses=_STORED)

@@ -8,12 +8,17 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from router_ml.errors import BundleError, NoEligibleModelError, RouterError
 from router_ml.policy import Policy
 from router_ml.router import Router
-from router_ml.types import Message, RouteRequest
+from router_ml.types import CandidateFeatures, Message, RouteDecision, RouteRequest
+
+if TYPE_CHECKING:
+    from features.neighbours import Neighbours
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0  # after a failed load with nothing changed on disk since
@@ -29,6 +34,28 @@ class Live:
     bundle: Path
     loaded_at: float
     providers: dict[str, str] = field(repr=False)
+
+    def explain(self, decision: RouteDecision, features: CandidateFeatures) -> dict[str, Any]:
+        """Why this router's `decision` on a request of these `features` came out so, for JSON; takes milliseconds.
+
+        Past requests come without their texts, even where the bundle has them: the caller may be another tenant.
+        """
+        from features.explain import explain
+
+        note = None
+        try:
+            neighbours = self._neighbours
+        except BundleError as error:
+            log.warning("explained without past requests: %s", error)
+            neighbours, note = None, "the bundle's past requests cannot be read just now"
+        return explain(self.router, decision, features, neighbours, note=note).to_json()
+
+    @cached_property
+    def _neighbours(self) -> Neighbours | None:
+        """The bundle's past requests, read when the first explanation wants them."""
+        from features.load import load_neighbours
+
+        return load_neighbours(self.bundle, self.router.model_version)
 
 
 class LiveRouter:

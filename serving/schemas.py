@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
@@ -54,6 +54,7 @@ class RouteBody(BaseModel):
     task: Name | None = Field(None, description="A tag that the policy's rules may match.")
     session: Name | None = None
     request_id: Name | None = Field(None, description="The caller's own id; outcomes may name it.")
+    explain: bool = Field(False, description="Answer with an `explanation`, some milliseconds later.")
 
     def to_request(self, key: str | None) -> RouteRequest:
         """The request in the program's own terms, made by the caller whose API key has this name. Raises InputError."""
@@ -91,6 +92,58 @@ class CandidateAnswer(TypedDict):
     expected_total_cost_usd: float | None
 
 
+class ContributionAnswer(TypedDict):
+    """A feature's value, and what it adds to the booster's log odds (SHAP)."""
+
+    feature: str
+    value: float
+    log_odds: float
+
+
+class CandidateExplanationAnswer(TypedDict):
+    """A model's estimate taken apart. `log_odds` is the sum of the base, the contributions and the other features'."""
+
+    model: str
+    role: Literal["chosen", "fallback", "excluded"]
+    excluded: str | None
+    p_ok: float | None
+    expected_cost_usd: float | None
+    expected_total_cost_usd: float | None
+    estimates: dict[str, float]
+    log_odds: float
+    base_log_odds: float
+    contributions: list[ContributionAnswer]
+    other_log_odds: float
+    nearest_known: int
+    nearest_quality: float | None
+
+
+class PastRequestAnswer(TypedDict):
+    """A past request by its id in the log, its similarity to this one, and the quality of the models that served it."""
+
+    request_id: str
+    similarity: float
+    outcomes: dict[str, float]
+
+
+class ExplanationAnswer(TypedDict):
+    """Why the decision came out as it did. `note` says why there are no nearest requests, where there are none."""
+
+    decision_id: str
+    model: str
+    reason: str
+    explored: bool
+    meets_threshold: bool
+    min_probability: float
+    quality_threshold: float | None
+    model_version: str
+    policy_version: str
+    candidates: list[CandidateExplanationAnswer]
+    excluded: dict[str, str]
+    nearest: list[PastRequestAnswer]
+    note: str | None
+
+
 class RouteAnswer(TypedDict):
     """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added."""
 
@@ -112,6 +165,7 @@ class RouteAnswer(TypedDict):
     reason: str
     model_version: str
     policy_version: str
+    explanation: NotRequired[ExplanationAnswer]
 
 
 class OutcomeBody(BaseModel):

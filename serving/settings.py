@@ -21,7 +21,8 @@ class Settings:
 
     `bundle` is a bundle's directory or a link to one, `policy` a TOML file (None: the default policy); both are
     followed while the service runs, looked at every `watch_seconds` (0: never). `store` is an SQLAlchemy URL or the
-    path of an SQLite file; decisions are committed within `commit_seconds`, with their prompts if `store_prompts`.
+    path of an SQLite file; decisions are committed within `commit_seconds`, with their prompts if `store_prompts`, and
+    with what explains them later if `store_features`.
     `api_keys` maps a key's name to its SHA-256 in hex; with none the service is open, and then only a loopback host is
     allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
@@ -31,6 +32,7 @@ class Settings:
     policy: Path | None = None
     store: str = "router-ml.db"
     store_prompts: bool = False
+    store_features: bool = True
     commit_seconds: float = 0.05
     host: str = "127.0.0.1"
     port: int = 8000

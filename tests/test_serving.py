@@ -369,7 +369,8 @@ def test_decisions_are_stored_without_their_prompts(live: Running) -> None:
     assert [c["model"] for c in row["candidates"]] == [c["model"] for c in answer["candidates"]]
     for name in ("model", "excluded", "propensity", "reason", "model_version", "policy_version", "min_probability"):
         assert row[name] == answer[name]
-    assert SECRET not in json.dumps(row)
+    assert SECRET.encode() not in row["features"]
+    assert SECRET not in json.dumps(row | {"features": None})
 
 
 def test_stored_prompts_can_be_trained_on(tiny_bundle: Path, tmp_path: Path) -> None:
