@@ -117,6 +117,7 @@ def choose(
     eligible: BoolArray,
     min_probability: float,
     *,
+    p_claim: FloatArray | None = None,
     failure: Sequence[float] | None = None,
     escalation_rate: float = 0.0,
     willingness_to_pay_usd: float | None = None,
@@ -138,6 +139,8 @@ def choose(
     `eligible` must have taken care of already, it is the most probable candidate, the cheaper of equals, and the dial
     only says whether that one meets it.
 
+    The dial is held against `p_claim` [m], where the learner gives it: what it stands for, at most `p_ok`.
+
     `p_ok` and `cost_usd` (of a call, its retries included) are float32 [m], `failure` is [m] or None for no failures,
     `eligible` is bool [m] with at least one True. A NaN probability never meets a dial, a NaN cost is the highest.
     `draw` holds two uniform numbers in [0, 1): the first decides whether to explore, the second where to.
@@ -150,25 +153,27 @@ def choose(
     size = len(at)
     if size < len(p):
         p, cost, fails = [p[i] for i in at], [cost[i] for i in at], [fails[i] for i in at]
+    claim = p if p_claim is None else p_claim.tolist() if size == len(p_claim) else [p_claim.tolist()[i] for i in at]
     total = total_costs(p, cost, fails, escalation_rate)
 
     # What meets the dial comes first, by what it is chosen for; then the rest by probability, unknown ones last.
     if budget_usd is not None:
         meeting: list[tuple[float, float, int]] = []
     elif willingness_to_pay_usd is None:
-        meeting = sorted([(total[i], -v, i) for i, v in enumerate(p) if v >= min_probability])
+        meeting = sorted([(total[i], -v, i) for i, v in enumerate(p) if claim[i] >= min_probability])
     else:
-        success = [(1.0 - f) * v for f, v in zip(fails, p, strict=True)]
-        value = [c - willingness_to_pay_usd * s for c, s in zip(cost, success, strict=True)]
-        meeting = sorted([(value[i], -v, i) for i, v in enumerate(p) if v >= min_probability])
+        worth = willingness_to_pay_usd
+        meeting = sorted(
+            [(cost[i] - worth * (1.0 - fails[i]) * v, -v, i) for i, v in enumerate(p) if claim[i] >= min_probability]
+        )
     order = [i for _, _, i in meeting]
     if len(order) < size:
-        rest = [i for i, v in enumerate(p) if budget_usd is not None or not v >= min_probability]
+        rest = [i for i in range(size) if budget_usd is not None or not claim[i] >= min_probability]
         order += [i for _, _, i in sorted([(-p[i] if p[i] == p[i] else 1.0, cost[i], i) for i in rest])]
 
     greedy = order[0]
     known = p[greedy] == p[greedy]  # an unknown probability comes first only where all are unknown
-    if p[greedy] >= min_probability or (budget_usd is not None and known):
+    if claim[greedy] >= min_probability or (budget_usd is not None and known):
         if budget_usd is not None:
             reason = f"most probable candidate within {budget_usd:g} USD"
         elif willingness_to_pay_usd is not None:
@@ -199,7 +204,7 @@ def choose(
         tuple([at[i] for i in order]),
         propensity,
         explored,
-        p[first] >= min_probability,
+        claim[first] >= min_probability,
         reason,
         tuple([total[i] for i in order]),
     )

@@ -56,11 +56,12 @@ def last_resort_usd(p_ok: Sequence[float], cost_usd: Sequence[float], failure: S
     cost is not finite cannot be it. Calls are taken to succeed independently of each other; a request that has failed
     once is likelier to be hard, so this is the least that it costs.
     """
-    known = [(v, c, f) for v, c, f in zip(p_ok, cost_usd, failure, strict=True) if v == v and c < math.inf]
-    if not known:
-        return 0.0
-    strong = max(known)[0] - HAIR
-    return min([c / max((1.0 - f) * v, LEAST_SUCCESS) for v, c, f in known if v >= strong])
+    strongest = -1.0
+    for v, c in zip(p_ok, cost_usd, strict=True):
+        if v > strongest and c < math.inf:
+            strongest = v
+    strong = [i for i, v in enumerate(p_ok) if v >= strongest - HAIR and cost_usd[i] < math.inf]
+    return min([cost_usd[i] / max((1.0 - failure[i]) * p_ok[i], LEAST_SUCCESS) for i in strong], default=0.0)
 
 
 def total_costs(
