@@ -37,14 +37,19 @@ def save_router(
     if not isinstance(featurizer, CandidateFeaturizer):
         raise TypeError("only a CandidateFeaturizer can be bundled")
     encoder, lexicon = featurizer.requests.encoder, featurizer.requests.lexicon
-    calibration = {"slope": estimator.calibration.slope, "intercept": estimator.calibration.intercept}
     outcomes = to_arrays(featurizer.requests.kernel_map, featurizer.heads)
     files = {
         BOOSTER: estimator.booster.model_to_string(num_iteration=-1).encode(),
         ENCODER: pack_arrays({"table": encoder.table.astype(np.float16)}),
         TOKENS: _dump(encoder.tokens),
         OUTCOMES: pack_arrays(
-            {**outcomes, **calibration, "term_keys": lexicon.keys, "idf": lexicon.idf, "success": featurizer.success}
+            {
+                **outcomes,
+                **estimator.calibration.to_arrays(),
+                "term_keys": lexicon.keys,
+                "idf": lexicon.idf,
+                "success": featurizer.success,
+            }
         ),
     }
     if neighbours is not None:
@@ -89,7 +94,7 @@ def load_estimator(bundle: Bundle) -> LearnedEstimator:
     booster = lgb.Booster(model_str=bundle.file(BOOSTER).decode())
     if booster.num_feature() != len(featurizer.names):
         raise BundleError(f"{BOOSTER} expects {booster.num_feature()} features, there are {len(featurizer.names)}")
-    return LearnedEstimator(featurizer, booster, Calibration(arrays["slope"], arrays["intercept"]))
+    return LearnedEstimator(featurizer, booster, Calibration.from_arrays(arrays))
 
 
 def load_router(path: str | Path, policy: Policy | None = None) -> Router:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import lightgbm as lgb
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from router_ml.types import CandidateFeatures, Estimate, Featurizer, FloatArray, RouteRequest
 
+Array = npt.NDArray[np.float64]
 BOOSTER_SHARE = 0.5
 """Weight of the booster in the average; the linear parts share the rest (docs/log.md has the trials)."""
 _EPS = 1e-3
@@ -40,17 +42,103 @@ def logit(p: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     return odds
 
 
+class Calibrated(NamedTuple):
+    """What a calibration makes of scores: float32 arrays of the scores' shape [..., m].
+
+    `p_ok` is the probability, `p_low` and `p_high` the bounds of its 90 % interval: what is not known of the model's
+    scaling, not what is left to chance in one answer. `p_claim` is what the policy's dial is held against.
+    """
+
+    p_ok: FloatArray
+    p_low: FloatArray
+    p_high: FloatArray
+    p_claim: FloatArray
+
+
+CLAIM_SD = 1.0
+"""Standard deviations that a claim stays below the probability: the cheapest that passes is too often a lucky one."""
+_Z = np.array([0.0, -1.6449, 1.6449, -CLAIM_SD])
+_FIELDS = ("slope", "intercept", "center", "level_var", "slope_var")
+
+
+def _unknown() -> Array:
+    return np.zeros(0)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Platt scaling per model, p_ok = sigmoid(slope * logit(p) + intercept); both float64 [m]."""
+    """Platt scaling per quality threshold and model, and its uncertainty; float64 [t, m], or [m] for one threshold.
 
-    slope: npt.NDArray[np.float64]
-    intercept: npt.NDArray[np.float64]
+    p_ok = sigmoid(slope * logit(p) + intercept). The variance of its log odds is level_var + slope_var * (logit(p) -
+    center)^2: wide for a model of ten rows, narrow for one of thousands. A claim is a standard deviation below p_ok
+    and at most `ceiling` [t], the highest that enough requests of the log have reached. Without the variances (bundles
+    made before they were kept) interval and claim are p_ok itself. `thresholds` [t] ascend.
+    """
 
-    def apply(self, p: FloatArray) -> FloatArray:
-        """Calibrated probabilities, the same shape [..., m] as the scores."""
-        odds = np.exp(-self.intercept - self.slope * logit(p))
-        return np.reciprocal(odds + 1.0).astype(np.float32)
+    slope: Array
+    intercept: Array
+    center: Array = field(default_factory=_unknown)
+    level_var: Array = field(default_factory=_unknown)
+    slope_var: Array = field(default_factory=_unknown)
+    ceiling: Array = field(default_factory=_unknown)
+    thresholds: Array = field(default_factory=_unknown)
+
+    def __post_init__(self) -> None:
+        for name in _FIELDS:
+            value = getattr(self, name)
+            object.__setattr__(self, name, np.atleast_2d(value) if value.size else np.zeros_like(self.slope))
+        for name, default in (("ceiling", 1.0), ("thresholds", 0.5)):
+            if not getattr(self, name).size:
+                object.__setattr__(self, name, np.full(len(self.slope), default))
+
+    def apply(self, p: FloatArray, threshold_index: int = 0) -> FloatArray:
+        """Calibrated probabilities, the same shape [..., m] as the scores; at a higher threshold never higher."""
+        x, i = logit(p), threshold_index
+        odds = np.exp(-self.intercept[i] - self.slope[i] * x)
+        p_ok: FloatArray = np.reciprocal(odds + 1.0).astype(np.float32)
+        return np.minimum(p_ok, self.apply(p, i - 1)) if i else p_ok
+
+    def estimate(self, p: FloatArray, threshold_index: int = 0) -> Calibrated:
+        """`apply`, with the interval and the claim."""
+        return Calibrated(*self._rows(p, threshold_index))
+
+    def _rows(self, p: FloatArray, i: int) -> FloatArray:
+        x = logit(p)
+        sd = np.sqrt(self.level_var[i] + self.slope_var[i] * np.square(x - self.center[i]))
+        odds = np.exp((-self.intercept[i] - self.slope[i] * x) - np.multiply.outer(_Z, sd))
+        rows: FloatArray = np.reciprocal(odds + 1.0).astype(np.float32)
+        np.minimum(rows[3], self.ceiling[i], out=rows[3])
+        return np.minimum(rows, self._rows(p, i - 1)) if i else rows
+
+    def index(self, threshold: float | None) -> int:
+        """Position of a quality threshold; None is the first. Raises ValueError for one that was not fitted."""
+        return 0 if threshold is None else self.thresholds.tolist().index(threshold)
+
+    def with_ceiling(self, ceiling: float) -> Calibration:
+        """The same with no claim above `ceiling`."""
+        return replace(self, ceiling=np.full(len(self.slope), ceiling))
+
+    def with_model(self, **last: float | Array) -> Calibration:
+        """The same with one more model, in last place: a number, or [t], for each of the five arrays by its name."""
+        t = len(self.slope)
+        column = {name: np.broadcast_to(np.asarray(last[name], dtype=np.float64), t)[:, None] for name in _FIELDS}
+        wider = {name: np.concatenate([getattr(self, name), column[name]], axis=1) for name in _FIELDS}
+        return replace(self, **wider)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Calibration]) -> Calibration:
+        """One calibration of several, fitted on the same scores for ascending quality thresholds."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Everything under its name, for the bundle."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Calibration:
+        """The inverse of `to_arrays`; other names are ignored."""
+        return cls(**{name: arrays[name] for name in cls.__dataclass_fields__ if name in arrays})
 
 
 class RowPredictor:
@@ -91,13 +179,13 @@ class LearnedEstimator:
 
     def estimate(self, request: RouteRequest) -> Estimate:
         """Probabilities and tokens per model for one request."""
-        return self.score(self.featurizer.transform(request))
+        return self.score(self.featurizer.transform(request), self.calibration.index(request.quality_threshold))
 
-    def score(self, features: CandidateFeatures) -> Estimate:
+    def score(self, features: CandidateFeatures, threshold_index: int = 0) -> Estimate:
         """The estimate from a request's features: what `estimate` does after featurising."""
         raw = self._predict_rows(features.rows)
-        p_ok = self.calibration.apply(blend(raw, features.parts))
-        return Estimate(p_ok, features.output_tokens, features.input_tokens, features=features)
+        known = self.calibration.estimate(blend(raw, features.parts), threshold_index)
+        return Estimate(known.p_ok, features.output_tokens, features.input_tokens, features, *known[1:])
 
     def estimate_many(self, requests: Sequence[RouteRequest]) -> list[Estimate]:
         """`estimate` for many requests; the same numbers, one call of LightGBM."""
@@ -108,5 +196,9 @@ class LearnedEstimator:
         rows = np.concatenate([f.rows for f in features])
         threads = 1 if len(rows) < 20_000 else 0
         raw = np.asarray(self.booster.predict(rows, num_threads=threads), dtype=np.float32).reshape(len(features), m)
-        p_ok = self.calibration.apply(blend(raw, np.stack([f.parts for f in features], axis=1)))
-        return [Estimate(p, f.output_tokens, f.input_tokens) for p, f in zip(p_ok, features, strict=True)]
+        mixed = blend(raw, np.stack([f.parts for f in features], axis=1))
+        made = []
+        for p, f, request in zip(mixed, features, requests, strict=True):
+            known = self.calibration.estimate(p, self.calibration.index(request.quality_threshold))
+            made.append(Estimate(known.p_ok, f.output_tokens, f.input_tokens, None, *known[1:]))
+        return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -107,6 +108,7 @@ class Router:
             cost,
             eligible,
             min_probability,
+            p_claim=estimate.p_claim,
             failure=self._calls[2],
             escalation_rate=policy.escalation_rate,
             budget_usd=dial.max_cost_usd if dial.objective == "quality" else None,
@@ -118,12 +120,18 @@ class Router:
             draw=(self.draw(), self.draw()) if explore else (1.0, 0.0),
         )
         ids, p_ok, costs = self.catalog.ids, estimate.p_ok.tolist(), cost.tolist()
+        if estimate.p_claim is None or estimate.p_low is None or estimate.p_high is None:
+            bounds = [(math.nan, math.nan, math.nan)] * len(ids)
+        else:
+            bounds = list(
+                zip(estimate.p_low.tolist(), estimate.p_high.tolist(), estimate.p_claim.tolist(), strict=True)
+            )
         decision = RouteDecision(
             decision_id=new_id(),
             model=ids[choice.order[0]],
             candidates=tuple(
                 [
-                    Candidate(ids[i], p_ok[i], costs[i], t)
+                    Candidate(ids[i], p_ok[i], costs[i], t, *bounds[i])
                     for i, t in zip(choice.order, choice.total_cost_usd, strict=True)
                 ]
             ),

@@ -86,7 +86,8 @@ class Candidate(NamedTuple):
     """One eligible model with its calibrated probability of an acceptable answer and its expected costs in USD.
 
     `expected_cost_usd` is that of the call, retries included; `expected_total_cost_usd` adds what follows when the call
-    fails or its answer is not acceptable (`costs.total_costs`).
+    fails or its answer is not acceptable (`costs.total_costs`). `p_low` and `p_high` bound the 90 % interval of `p_ok`,
+    and `p_claim` is what the dial is held against (NaN: the learner does not say, the dial is held against `p_ok`).
     A decision makes one for every model: a tuple takes a third of the time of a frozen dataclass.
     """
 
@@ -94,6 +95,9 @@ class Candidate(NamedTuple):
     p_ok: float
     expected_cost_usd: float
     expected_total_cost_usd: float = math.nan
+    p_low: float = math.nan
+    p_high: float = math.nan
+    p_claim: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +149,18 @@ class Outcome:
 class Estimate:
     """What the learner says of one request, aligned with the catalogue's order: shapes [m].
 
-    `features` is what it saw, where it keeps that: enough to explain the estimate later.
+    `features` is what it saw, where it keeps that: enough to explain the estimate later. `p_low` and `p_high` bound the
+    90 % interval of `p_ok` (how well the model is known, not the chance in one answer); `p_claim`, at most `p_ok`, is
+    what a least probability is held against. None: the learner does not say.
     """
 
     p_ok: FloatArray
     output_tokens: FloatArray
     input_tokens: float
     features: CandidateFeatures | None = None
+    p_low: FloatArray | None = None
+    p_high: FloatArray | None = None
+    p_claim: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ def _fit(
     rows, parts = _out_of_fold_rows(features, fold, by_fold, say)
     booster, rounds, raw = _boost(rows, labels, fold, final.names, seed, say)
     mixed = blend(raw, parts)
-    calibration = calibrate(mixed, labels, 1.0 / data.propensity.astype(np.float64))
+    calibration = calibrate(mixed, labels, 1.0 / data.propensity.astype(np.float64), threshold)
     return Fit(
         LearnedEstimator(final, booster, calibration),
         fold,
