@@ -153,7 +153,10 @@ def choose(
     size = len(at)
     if size < len(p):
         p, cost, fails = [p[i] for i in at], [cost[i] for i in at], [fails[i] for i in at]
-    claim = p if p_claim is None else p_claim.tolist() if size == len(p_claim) else [p_claim.tolist()[i] for i in at]
+    claim = p
+    if p_claim is not None:
+        every = p_claim.tolist()
+        claim = [every[i] if v == v else v for i, v in zip(at, p, strict=True)]
     total = total_costs(p, cost, fails, escalation_rate)
 
     # What meets the dial comes first, by what it is chosen for; then the rest by probability, unknown ones last.

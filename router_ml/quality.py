@@ -57,7 +57,7 @@ class Calibrated(NamedTuple):
 
 CLAIM_SD = 1.0
 """Standard deviations that a claim stays below the probability: the cheapest that passes is too often a lucky one."""
-_Z = np.array([0.0, -1.6449, 1.6449, -CLAIM_SD])
+_Z = np.array([[0.0], [-1.6449], [1.6449], [-CLAIM_SD]])
 _FIELDS = ("slope", "intercept", "center", "level_var", "slope_var")
 
 
@@ -93,8 +93,9 @@ class Calibration:
 
     def apply(self, p: FloatArray, threshold_index: int = 0) -> FloatArray:
         """Calibrated probabilities, the same shape [..., m] as the scores; at a higher threshold never higher."""
-        x, i = logit(p), threshold_index
-        odds = np.exp(-self.intercept[i] - self.slope[i] * x)
+        i = threshold_index
+        intercept, slope, *_ = self._terms[i]
+        odds = np.exp(slope * logit(p) + intercept)
         p_ok: FloatArray = np.reciprocal(odds + 1.0).astype(np.float32)
         return np.minimum(p_ok, self.apply(p, i - 1)) if i else p_ok
 
@@ -102,12 +103,23 @@ class Calibration:
         """`apply`, with the interval and the claim."""
         return Calibrated(*self._rows(p, threshold_index))
 
+    @cached_property
+    def _terms(self) -> list[tuple[Array, Array, Array, Array, Array, np.float32]]:
+        """Per threshold: intercept and slope, both negated, the variance as a polynomial of the score, the ceiling."""
+        terms = zip(
+            -self.intercept, -self.slope, self.center, self.level_var, self.slope_var, self.ceiling, strict=True
+        )
+        return [(a, b, v + s * c * c, -2.0 * s * c, s, np.float32(top)) for a, b, c, v, s, top in terms]
+
     def _rows(self, p: FloatArray, i: int) -> FloatArray:
+        intercept, slope, constant, linear, square, ceiling = self._terms[i]
         x = logit(p)
-        sd = np.sqrt(self.level_var[i] + self.slope_var[i] * np.square(x - self.center[i]))
-        odds = np.exp((-self.intercept[i] - self.slope[i] * x) - np.multiply.outer(_Z, sd))
-        rows: FloatArray = np.reciprocal(odds + 1.0).astype(np.float32)
-        np.minimum(rows[3], self.ceiling[i], out=rows[3])
+        sd = np.sqrt(constant + x * (linear + square * x))
+        odds = np.exp(slope * x + intercept - (_Z if p.ndim == 1 else _Z.reshape(4, *[1] * p.ndim)) * sd)
+        odds += 1.0
+        rows: FloatArray = np.reciprocal(odds).astype(np.float32)
+        claim = rows[3]
+        np.minimum(claim, ceiling, out=claim)
         return np.minimum(rows, self._rows(p, i - 1)) if i else rows
 
     def index(self, threshold: float | None) -> int:

@@ -109,6 +109,9 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
         "p_ok": chosen.p_ok,
         "expected_cost_usd": chosen.expected_cost_usd,
         "expected_total_cost_usd": chosen.expected_total_cost_usd,
+        "p_low": chosen.p_low,
+        "p_high": chosen.p_high,
+        "p_claim": chosen.p_claim,
         "candidates": [
             {
                 "model": c.model,
@@ -116,6 +119,9 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
                 "p_ok": c.p_ok,
                 "expected_cost_usd": c.expected_cost_usd,
                 "expected_total_cost_usd": c.expected_total_cost_usd,
+                "p_low": c.p_low,
+                "p_high": c.p_high,
+                "p_claim": c.p_claim,
             }
             for c in decision.candidates
         ],

@@ -83,13 +83,19 @@ class RouteBody(BaseModel):
 
 
 class CandidateAnswer(TypedDict):
-    """A model that may serve the request. Numbers are null where nothing is known."""
+    """A model that may serve the request. Numbers are null where nothing is known.
+
+    `p_low` and `p_high` bound the 90 % interval of `p_ok`; the dial is held against `p_claim`, which is at most `p_ok`.
+    """
 
     model: str
     provider: str
     p_ok: float | None
     expected_cost_usd: float | None
     expected_total_cost_usd: float | None
+    p_low: float | None
+    p_high: float | None
+    p_claim: float | None
 
 
 class ContributionAnswer(TypedDict):
@@ -155,6 +161,9 @@ class RouteAnswer(TypedDict):
     p_ok: float | None
     expected_cost_usd: float | None
     expected_total_cost_usd: float | None
+    p_low: float | None
+    p_high: float | None
+    p_claim: float | None
     candidates: list[CandidateAnswer]
     excluded: dict[str, str]
     propensity: float

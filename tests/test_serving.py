@@ -84,9 +84,13 @@ def test_the_answer_is_the_routers_decision(live: Running, router: Router, promp
             "p_ok": pytest.approx(c.p_ok, rel=1e-12),
             "expected_cost_usd": pytest.approx(c.expected_cost_usd, rel=1e-12),
             "expected_total_cost_usd": pytest.approx(c.expected_total_cost_usd, rel=1e-12),
+            "p_low": pytest.approx(c.p_low, rel=1e-12),
+            "p_high": pytest.approx(c.p_high, rel=1e-12),
+            "p_claim": pytest.approx(c.p_claim, rel=1e-12),
         }
         for c in decision.candidates
     ]
+    assert all(0.0 < c["p_low"] < c["p_claim"] < c["p_ok"] < c["p_high"] < 1.0 for c in answer["candidates"])
     first = answer["candidates"][0]
     assert {name: answer[name] for name in first} == first
     assert len(answer["decision_id"]) == 32 and answer["request_id"] == "mine"
@@ -110,7 +114,7 @@ def test_what_was_learnt_decides(live: Running) -> None:
 def test_the_chosen_one_has_the_least_total_cost_of_those_that_meet_the_dial(live: Running, prompt: str) -> None:
     for dial in (0.0, 0.5, 0.7):
         answer = ask(live, prompt=prompt, min_probability=dial)
-        meeting = [c for c in answer["candidates"] if c["p_ok"] >= dial]
+        meeting = [c for c in answer["candidates"] if c["p_claim"] >= dial]
         assert answer["meets_threshold"] and answer["expected_total_cost_usd"] == min(
             c["expected_total_cost_usd"] for c in meeting
         )
