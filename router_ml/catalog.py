@@ -114,14 +114,21 @@ class Catalog:
     @classmethod
     def load(cls, path: str | Path) -> Catalog:
         """Reads a catalogue from a JSON file. Raises InputError."""
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"no catalogue at {path}: write one or correct --catalog") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not readable JSON: {error}") from None
-        return cls.from_json(data, str(path))
+        return cls.from_json(_read_json(Path(path), "catalogue", "--catalog"), str(path))
+
+
+def load_card(path: str | Path) -> ModelCard:
+    """Reads one model card from a JSON file. Raises InputError."""
+    return card_from_json(_read_json(Path(path), "model card", "--card"), str(path))
+
+
+def _read_json(path: Path, what: str, option: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {what} at {path}: write one or correct {option}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from None
 
 
 def card_from_json(entry: Any, source: str) -> ModelCard:

@@ -181,6 +181,33 @@ def train(
 
 
 @main.command()
+@click.option("--bundle", required=True, type=PathArg, help="The bundle directory to start from.")
+@click.option("--card", required=True, type=ExistingFile, help="The new model's card, JSON as in a catalogue.")
+@click.option("--logs", type=click.Path(exists=True, path_type=Path), help="A log with outcomes of the new model.")
+@click.option("--sibling", help="The bundle's model that it most resembles; otherwise the one that the card names.")
+@click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
+def onboard(bundle: Path, card: Path, logs: Path | None, sibling: str | None, out: Path) -> None:
+    """Add a new model to a bundle without training again, from its card and what outcomes there are.
+
+    Example: router-ml onboard --bundle bundle --card card.json --sibling gpt-large --out bundle-2
+    """
+    from router_ml.catalog import load_card
+    from training.onboard import onboard_bundle
+
+    new = load_card(card)
+    if logs is None and (sibling or new.sibling) is None:
+        click.echo(
+            f"router-ml: no outcomes and no sibling: {new.id!r} is taken to be like the bundle's models of its tier; "
+            "give --sibling MODEL or --logs LOG for better",
+            err=True,
+        )
+    made = onboard_bundle(bundle, new, out=out, logs=logs, sibling=sibling)
+    most = sorted(made.mix.items(), key=lambda item: -item[1])[:3]
+    likes = ", ".join(f"{weight:.2f} {model}" for model, weight in most)
+    click.echo(f"bundle {made.version} in {out}: {new.id} from {made.outcomes} outcomes, most like {likes}")
+
+
+@main.command()
 @click.argument("name")
 @click.argument("version")
 @TRACKING
