@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.cold_start import main as cold_start_main
 from benchmarks.latency import main as latency_main
 from benchmarks.quality import main as quality_main
 from router_ml.catalog import Catalog
@@ -133,6 +134,33 @@ def test_what_does_not_fit_is_refused_in_words(matrix: Path, tmp_path: Path) -> 
     done = invoked(latency_main, "--data", tmp_path)
     assert done.exit_code == 1 and f"no published outcomes in {tmp_path}: give --data DIR" in done.stderr
     assert not out.exists()
+
+
+def test_cold_start_says_what_a_new_model_loses(matrix: Path, tmp_path: Path) -> None:
+    out, cards = tmp_path / "out.json", tmp_path / "catalog.json"
+    catalog = json.loads(matrix.with_name("catalog.json").read_text())
+    next(card for card in catalog["models"] if card["id"] == "hosted")["sibling"] = "mid"
+    cards.write_text(json.dumps(catalog))
+    options = ["--matrix", matrix, "--catalog", cards, "--encoder", "lexical", "--seeds", "1", "--json", out]
+    done = invoked(cold_start_main, *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert (found["seeds"], found["encoder"]) == (1, "lexical")
+    rows = found["cold_start"]
+    assert set(rows) == {"full", "without", "0", "50", "200"}, "there are not 1,000 training rows"
+    for k in ("0", "50", "200"):
+        row = rows[k]
+        names = ("regret", "aiq_log_lost", "auc", "ece", "bias", "inside", "width")
+        assert {f"{name}{sd}" for name in names for sd in ("", "_sd")} <= set(row)
+        assert set(row["models"]) == {"frontier", "mid", "hosted", "local"}
+        assert row["regret"] == pytest.approx(np.mean([v["regret"] for v in row["models"].values()]))
+        assert row["models"]["mid"]["auc"] > 0.6, "which requests are hard is known from the others"
+        assert "regret_sd" in row["own_mean"] and k in done.stdout
+    assert rows["without"]["regret"] > 0.01, "the best model is worth something"
+    assert rows["200"]["regret"] < 0.5 * rows["without"]["regret"]
+    assert rows["0"]["width"] > rows["50"]["width"] > rows["200"]["width"] > 0
+    assert abs(rows["200"]["bias"]) < 0.1
+    assert not rows["full"].get("regret"), "the full retrain is what the others are held against"
 
 
 def test_the_routellm_protocol_on_published_outcomes(data_dir: Path, tmp_path: Path) -> None:
