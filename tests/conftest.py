@@ -198,3 +198,19 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
     manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
     save_router(out, learned.estimator, manifest, newest(data.ids, learned.embeddings, data.quality))
     return out
+
+
+@pytest.fixture(scope="session")
+def sparse_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained bundle whose log knows "local" well, has ten rows of "frontier", ten successes of "hosted", no "mid"."""
+    import polars as pl
+
+    from features.load import save_router
+    from training.dataset import build_dataset
+    from training.fit import fit
+
+    ten = [pl.col("model") == "frontier", (pl.col("model") == "hosted") & (pl.col("quality") == 1.0)]
+    log = pl.concat([tiny_log.filter(pl.col("model") == "local"), *(tiny_log.filter(rows).head(10) for rows in ten)])
+    out = tmp_path_factory.mktemp("bundle") / "sparse"
+    save_router(out, fit(build_dataset(log, catalog), encoder="lexical").estimator, {"quality_threshold": 0.5})
+    return out

@@ -90,7 +90,8 @@ def test_the_answer_is_the_routers_decision(live: Running, router: Router, promp
         }
         for c in decision.candidates
     ]
-    assert all(0.0 < c["p_low"] < c["p_claim"] < c["p_ok"] < c["p_high"] < 1.0 for c in answer["candidates"])
+    assert all(0.0 < c["p_low"] < c["p_ok"] < c["p_high"] < 1.0 for c in answer["candidates"])
+    assert all(0.0 < c["p_claim"] < c["p_ok"] for c in answer["candidates"])
     first = answer["candidates"][0]
     assert {name: answer[name] for name in first} == first
     assert len(answer["decision_id"]) == 32 and answer["request_id"] == "mine"
@@ -98,6 +99,18 @@ def test_the_answer_is_the_routers_decision(live: Running, router: Router, promp
         assert answer[name] == getattr(decision, name)
     assert answer["quality_threshold"] == decision.quality_threshold
     assert answer["excluded"] == {} and answer["explored"] is False and answer["schema_version"] == 1
+
+
+def test_models_that_the_log_hardly_knows_are_answered_with_wide_intervals(sparse_bundle: Path, tmp_path: Path) -> None:
+    with running(sparse_bundle, tmp_path / "store.db") as sparse:
+        answer = ask(sparse, prompt=HARD, min_probability=0.0)
+        width = {c["model"]: c["p_high"] - c["p_low"] for c in answer["candidates"]}
+        assert width["local"] < 0.6 * min(width["frontier"], width["hosted"], width["mid"])
+        first = answer["candidates"][0]
+        between = min(1.0, max(c["p_claim"] for c in answer["candidates"]) + 1e-6)
+        unmet = ask(sparse, prompt=HARD, min_probability=between)
+    assert first["p_claim"] < first["p_ok"] and not unmet["meets_threshold"]
+    assert any(c["p_ok"] >= between for c in unmet["candidates"]), "a probability alone would have done"
 
 
 def test_what_was_learnt_decides(live: Running) -> None:

@@ -12,7 +12,7 @@ PRIOR_ROWS = 100.0
 """A model that joins a fitted learner counts as much as what was expected of it at this many rows."""
 LEVEL_SD, SLOPE_SD = 0.2, 0.15
 """How far a model's scaling is expected to lie from that of all models: its log odds at its mean score, its slope."""
-LEVEL_VARIANCE = 0.36
+LEVEL_VARIANCE = 1.0
 """Variance of models' levels, in log odds, before any is known: how far one without outcomes may be from its scores."""
 LEAST_REQUESTS = 50
 """No claim is above what this many requests of the log have reached."""
