@@ -44,15 +44,19 @@ class CandidateExplanation:
     """One model of the catalogue. `excluded` is the constraint that kept it out, or None.
 
     `estimates` are the probabilities of an acceptable answer that are averaged and then calibrated to `p_ok`: the
-    booster's and the linear parts'. The booster's is `log_odds` = `base_log_odds` (what it says of the average row)
-    + the `contributions`, largest first, + `other_log_odds` (those of all other features). Of the nearest past
-    requests `nearest_known` have an outcome of this model, with the mean quality `nearest_quality`.
+    booster's and the linear parts'; `p_low`, `p_high` and `p_claim` are as in `Candidate`. The booster's is `log_odds`
+    = `base_log_odds` (what it says of the average row) + the `contributions`, largest first, + `other_log_odds` (those
+    of all other features). Of the nearest past requests `nearest_known` have an outcome of this model, with the mean
+    quality `nearest_quality`.
     """
 
     model: str
     role: Literal["chosen", "fallback", "excluded"]
     excluded: str | None
     p_ok: float | None
+    p_low: float | None
+    p_high: float | None
+    p_claim: float | None
     expected_cost_usd: float | None
     expected_total_cost_usd: float | None
     estimates: dict[str, float]
@@ -129,7 +133,10 @@ def explain(
         )
     names, ids = estimator.featurizer.names, router.catalog.ids
     if features.rows.shape != (len(ids), len(names)):
-        raise InputError(f"the decision's features have the shape {features.rows.shape}, not {(len(ids), len(names))}")
+        raise InputError(
+            f"the decision's features have the shape {features.rows.shape}, not {(len(ids), len(names))}: "
+            "use the version of router-ml that made it"
+        )
     past, outcomes = _nearest(neighbours, features, ids, nearest)
     if neighbours is None:
         note = note or NO_NEIGHBOURS
@@ -137,7 +144,10 @@ def explain(
         note = "the request holds no word that the encoder knows, so no past request is near it"
     # Row-wise [m, d + 1]: a column a feature, and the average row's log odds in the last.
     shap = np.asarray(estimator.booster.predict(features.rows, pred_contrib=True, num_threads=1), dtype=np.float64)
-    p_ok = estimator.score(features).p_ok
+    thresholds = estimator.calibration.thresholds.tolist()
+    at = thresholds.index(decision.quality_threshold) if decision.quality_threshold in thresholds else 0
+    estimate = estimator.score(features, at)
+    probabilities = [(name, getattr(estimate, name)) for name in ("p_ok", "p_low", "p_high", "p_claim")]
     decided = {candidate.model: candidate for candidate in decision.candidates}
     excluded = [model for model in ids if model not in decided]
     candidates = []
@@ -152,7 +162,7 @@ def explain(
                 model=model,
                 role="excluded" if of is None else "chosen" if model == decision.model else "fallback",
                 excluded=decision.excluded.get(model),
-                p_ok=_number(p_ok[i] if of is None else of.p_ok),
+                **{name: None if p is None else _number(p[i]) for name, p in probabilities},
                 expected_cost_usd=None if of is None else _number(of.expected_cost_usd),
                 expected_total_cost_usd=None if of is None else _number(of.expected_total_cost_usd),
                 estimates={
@@ -243,15 +253,16 @@ def as_text(explanation: Explanation) -> str:
     lines = [
         f"decision {e.decision_id} of bundle {e.model_version}, policy {e.policy_version}",
         f"{e.model}: {e.reason}" + (" (explored)" if e.explored else ""),
-        f"asked: a probability of at least {e.min_probability:g}, "
-        + ("met" if e.meets_threshold else "which no candidate meets"),
+        f"asked: a probability of at least {e.min_probability:g}, " + ("met" if e.meets_threshold else "not met"),
     ]
     for c in e.candidates:
         cost = "" if c.expected_cost_usd is None else f", {c.expected_cost_usd:.3g} USD"
         if c.expected_total_cost_usd is not None:
             cost += f", {c.expected_total_cost_usd:.3g} USD with retries and escalation"
-        p_ok = "unknown" if c.p_ok is None else f"{c.p_ok:.3f}"
-        lines += ["", f"{c.role} {c.model}: P(ok) {p_ok}{cost}"]
+        p_ok, low, high, claim = (
+            "unknown" if p is None else f"{p:.3f}" for p in (c.p_ok, c.p_low, c.p_high, c.p_claim)
+        )
+        lines += ["", f"{c.role} {c.model}: P(ok) {p_ok}{cost}", f"  within {low} to {high}, stands for {claim}"]
         if c.excluded:
             lines.append(f"  {c.excluded}")
         lines.append("  before calibration " + ", ".join(f"{name} {p:.3f}" for name, p in c.estimates.items()))
@@ -262,7 +273,7 @@ def as_text(explanation: Explanation) -> str:
         )
         if c.nearest_quality is not None:
             known = f"{c.nearest_known} of the {len(e.nearest)} nearest requests"
-            lines.append(f"  known of {known}, with a mean quality of {c.nearest_quality:.2f}")
+            lines.append(f"  mean quality {c.nearest_quality:.2f} on {known}, where it is known")
     unknown = {model: why for model, why in e.excluded.items() if model not in {c.model for c in e.candidates}}
     lines += ["", *(f"excluded {model}: {why}" for model, why in unknown.items())] if unknown else []
     lines += ["", "nearest past requests" if e.nearest else f"no nearest past requests: {e.note}"]

@@ -113,6 +113,9 @@ class CandidateExplanationAnswer(TypedDict):
     role: Literal["chosen", "fallback", "excluded"]
     excluded: str | None
     p_ok: float | None
+    p_low: float | None
+    p_high: float | None
+    p_claim: float | None
     expected_cost_usd: float | None
     expected_total_cost_usd: float | None
     estimates: dict[str, float]

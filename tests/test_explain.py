@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from router_ml.cli import main
 from router_ml.conversation import request_of
 from router_ml.errors import InputError
 from router_ml.policy import Policy
-from router_ml.quality import LearnedEstimator
+from router_ml.quality import Calibration, LearnedEstimator
 from router_ml.router import Router
 from router_ml.store import Store
 from router_ml.types import CandidateFeatures, RouteDecision
@@ -104,6 +105,26 @@ def test_the_estimates_are_those_that_were_averaged_and_calibrated(router: Route
             assert p == features.rows[i, names.index(name)]
         # The excluded ones', too: what was not allowed may have been likely.
         assert candidate.p_ok == pytest.approx(decided_p[candidate.model], abs=1e-6)
+
+
+def test_probabilities_are_those_of_the_quality_threshold_that_was_asked_for(router: Router, past: Neighbours) -> None:
+    known = learner(router).calibration
+    stricter = replace(known, intercept=known.intercept - 1.0, thresholds=known.thresholds + 0.25)
+    both = replace(learner(router), calibration=Calibration.stack([known, stricter]))
+    graded = replace(router, estimator=both)
+    decision, _ = graded.decide_with_estimate(request_of(prompt=HARD, region="us"))
+    decision = replace(decision, quality_threshold=0.75)
+    estimate = both.estimate(request_of(prompt=HARD, quality_threshold=0.75))
+    assert estimate.features is not None
+    explained = explain(graded, decision, estimate.features, past)
+    assert {c.role for c in explained.candidates} == {"chosen", "fallback", "excluded"}
+    for candidate in explained.candidates:
+        i = router.catalog.index[candidate.model]
+        for name in ("p_ok", "p_low", "p_high", "p_claim"):
+            assert getattr(candidate, name) == pytest.approx(getattr(estimate, name)[i], rel=1e-7), name
+    at_half = explain(graded, replace(decision, quality_threshold=0.5), estimate.features, past)
+    for strict, lenient in zip(explained.candidates, at_half.candidates, strict=True):
+        assert strict.p_ok is not None and lenient.p_ok is not None and strict.p_ok < lenient.p_ok - 0.05
 
 
 def test_every_candidate_is_there_with_what_excluded_it(explained: Explanation) -> None:
@@ -197,12 +218,10 @@ def test_an_explanation_is_there_only_when_asked_for(live: Running) -> None:
     explanation = answer["explanation"]
     for name in ("decision_id", "model", "reason", "excluded", "model_version", "policy_version", "min_probability"):
         assert explanation[name] == answer[name]
-    offered = {c["model"]: (c["p_ok"], c["expected_cost_usd"]) for c in answer["candidates"]}
-    assert {
-        c["model"]: (pytest.approx(c["p_ok"]), pytest.approx(c["expected_cost_usd"]))
-        for c in explanation["candidates"]
-        if c["role"] != "excluded"
-    } == offered
+    assert [c["model"] for c in explanation["candidates"]] == [c["model"] for c in answer["candidates"]]
+    for told, offered in zip(explanation["candidates"], answer["candidates"], strict=True):
+        for name in ("p_ok", "p_low", "p_high", "p_claim", "expected_cost_usd", "expected_total_cost_usd"):
+            assert told[name] == pytest.approx(offered[name], rel=1e-7), name
     assert live.http.post("/route", json={"prompt": HARD, "explain": "yes"}).status_code == 422
 
 
