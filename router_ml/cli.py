@@ -189,7 +189,7 @@ def train(
 def onboard(bundle: Path, card: Path, logs: Path | None, sibling: str | None, out: Path) -> None:
     """Add a new model to a bundle without training again, from its card and what outcomes there are.
 
-    Example: router-ml onboard --bundle bundle --card card.json --sibling gpt-large --out bundle-2
+    Example: router-ml onboard --bundle bundle --card card.json --sibling mid --out wider
     """
     from router_ml.catalog import load_card
     from training.onboard import onboard_bundle
