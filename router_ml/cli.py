@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from router_ml import __version__
-from router_ml.errors import RouterError
-
-if TYPE_CHECKING:
-    from router_ml.logs import LogSummary
+from router_ml.terminal import Commands, bar, say_log, stages
 
 PathArg = click.Path(path_type=Path)
 ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -44,34 +40,7 @@ def _logging(default: str) -> Callable[[Any], Any]:
     )
 
 
-class _Commands(click.Group):
-    """Turns the project's own errors into one line on stderr and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RouterError as error:
-            excluded = "".join(f"\n  {m}: {why}" for m, why in getattr(error, "excluded", {}).items())
-            click.echo(f"router-ml: {error}{excluded}", err=True)
-            ctx.exit(2)
-        except ModuleNotFoundError as error:
-            click.echo(
-                f"router-ml: this command needs the package {error.name!r}: install router-ml[train] (or [serve])",
-                err=True,
-            )
-            ctx.exit(2)
-        except OSError as error:
-            if not any(library in str(error) for library in ("libgomp", "libomp")):
-                raise
-            click.echo(
-                f"router-ml: LightGBM cannot load the OpenMP library ({error}): install it (Debian and Ubuntu: "
-                "apt-get install libgomp1; Fedora: dnf install libgomp; macOS: brew install libomp)",
-                err=True,
-            )
-            ctx.exit(2)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="router-ml")
 def main() -> None:
     """Learn from logged outcomes which model is the cheapest that is likely good enough, and serve the decision."""
@@ -107,12 +76,12 @@ def import_outcomes(
     from router_ml.catalog import Catalog
     from training import outcomes
 
-    with _bar("rows") as rows:
+    with bar("rows") as rows:
         summary = outcomes.import_outcomes(
             file, Catalog.load(catalog), logging=logging, out=out, split=split, preamble_tokens=preamble_tokens,
             max_reject_share=max_reject_share, seed=seed, overwrite=overwrite, progress=rows,
         )  # fmt: skip
-    _say_log(summary, out)
+    say_log(summary, out)
 
 
 @main.command()
@@ -129,11 +98,11 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
     """
     from training.simulate import simulate as run
 
-    with _bar("requests", rows) as done:
+    with bar("requests", rows) as done:
         summary = run(
             rows, out, seed=seed, logging=logging, feedback_rate=feedback_rate, overwrite=overwrite, progress=done
         )
-    _say_log(summary, out)
+    say_log(summary, out)
 
 
 @main.command()
@@ -166,7 +135,7 @@ def train(
     if catalog is None and logs.is_file():
         raise click.UsageError(f"{logs} is a single file, which has no catalogue in it: give --catalog FILE")
     cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
-    with _stages() as report:
+    with stages() as report:
         made = run(
             logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,
             holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report,
@@ -232,10 +201,7 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 @click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
 @click.option("--store-prompts", is_flag=True, help="Keep prompts with the decisions, so that they can be trained on.")
 @click.option(
-    "--store-features/--no-store-features",
-    default=True,
-    show_default=True,
-    help="Keep what the learner saw of a request (not its text) with the decision, which explains it later.",
+    "--no-store-features", is_flag=True, help="Do not keep what the learner saw, which explains a decision later."
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
@@ -243,7 +209,7 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: bool,
-    store_features: bool, host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    no_store_features: bool, host: str, port: int, api_keys: Path | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -261,7 +227,7 @@ def serve(
         bundle = registry.download(tracking_uri, name, version.version, cache)
     assert bundle is not None
     settings = Settings(
-        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, store_features=store_features,
+        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, store_features=not no_store_features,
         host=host, port=port,
         api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip
@@ -353,45 +319,6 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
     from training.demo import run
 
     run(data=data, catalog=catalog, out=out, rows=rows, encoder=encoder)
-
-
-@contextmanager
-def _bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, told of the number done so far."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True),
-    ) as progress:  # fmt: skip
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
-@contextmanager
-def _stages() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar per stage on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    tasks: dict[str, TaskID] = {}
-    with Progress(
-        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-    ) as progress:
-
-        def report(stage: str, share: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=1.0)
-            progress.update(tasks[stage], completed=share)
-
-        yield report
-
-
-def _say_log(summary: LogSummary, out: Path) -> None:
-    click.echo(f"{summary.rows} rows in {out}, {summary.rejected} set aside")
-    for reason, count in sorted(summary.reject_reasons.items(), key=lambda item: -item[1]):
-        click.echo(f"  {count} x {reason}")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ def test_a_bad_policy(text: str, way: Way, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["booster.txt", "encoder.npz", "tokens.json", "outcomes.npz", "manifest.json", "manifest.sha256"]
+    "name",
+    ["booster.txt", "encoder.npz", "tokens.json", "outcomes.npz", "neighbours.npz", "manifest.json", "manifest.sha256"],
 )
 def test_an_altered_bundle_is_refused_by_the_name_of_the_file(name: str, way: Way, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"

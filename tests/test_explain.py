@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
-from live_service import Running, running
+from live_service import Running, free_port, running, wait_for
 
 from features.explain import LARGEST, NEAREST, Explanation, as_text, explain, explain_stored
 from features.load import NEIGHBOURS, load_neighbours, load_router, save_router
@@ -367,6 +371,32 @@ def test_what_cannot_be_explained_says_why(
         whole.backup(connection)
         connection.execute("update decisions set features = x'00' where decision_id = ?", (decision_id,))
     assert "stored features cannot be read" in refused(decision_id, "--bundle", tiny_bundle, "--store", copy)
+
+
+@pytest.mark.parametrize("option", [[], ["--no-store-features"]])
+def test_what_the_command_to_serve_keeps(option: list[str], tiny_bundle: Path, tmp_path: Path) -> None:
+    port, store = free_port(), tmp_path / "store.db"
+    serve = [sys.executable, "-m", "router_ml.cli", "serve", "--bundle", tiny_bundle, "--store", store, *option]
+    with (
+        subprocess.Popen([*map(str, serve), "--port", str(port)], stderr=subprocess.DEVNULL) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+    ):
+
+        def ready() -> bool:
+            assert process.poll() is None
+            with contextlib.suppress(httpx.TransportError):
+                return http.get("/readyz").status_code == 200
+            return False
+
+        try:
+            wait_for(ready, 60)
+            decision_id = http.post("/route", json={"prompt": HARD}).json()["decision_id"]
+        finally:
+            process.terminate()
+            process.wait(30)
+    row = Store(str(store)).decision(decision_id)
+    assert row is not None and row["prompt"] is None
+    assert (row["features"] is None) == bool(option)
 
 
 def test_a_bundle_without_past_requests_explains_the_rest(router: Router, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What the command line has of a terminal: errors in a line, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router_ml.errors import RouterError
+
+if TYPE_CHECKING:
+    from router_ml.logs import LogSummary
+
+
+class Commands(click.Group):
+    """Turns the project's own errors into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; its errors end the program here."""
+        try:
+            return super().invoke(ctx)
+        except RouterError as error:
+            excluded = "".join(f"\n  {m}: {why}" for m, why in getattr(error, "excluded", {}).items())
+            click.echo(f"router-ml: {error}{excluded}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            click.echo(
+                f"router-ml: this command needs the package {error.name!r}: install router-ml[train] (or [serve])",
+                err=True,
+            )
+            ctx.exit(2)
+        except OSError as error:
+            if not any(library in str(error) for library in ("libgomp", "libomp")):
+                raise
+            click.echo(
+                f"router-ml: LightGBM cannot load the OpenMP library ({error}): install it (Debian and Ubuntu: "
+                "apt-get install libgomp1; Fedora: dnf install libgomp; macOS: brew install libomp)",
+                err=True,
+            )
+            ctx.exit(2)
+
+
+@contextmanager
+def bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, told of the number done so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:  # fmt: skip
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as progress:
+
+        def report(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0)
+            progress.update(tasks[stage], completed=share)
+
+        yield report
+
+
+def say_log(summary: LogSummary, out: Path) -> None:
+    """Says how many rows a log has, and why others were set aside."""
+    click.echo(f"{summary.rows} rows in {out}, {summary.rejected} set aside")
+    for reason, count in sorted(summary.reject_reasons.items(), key=lambda item: -item[1]):
+        click.echo(f"  {count} x {reason}")
