@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.calibration import main as calibration
 from benchmarks.cold_start import main as cold_start
 from benchmarks.latency import main as latency
 from benchmarks.quality import main as quality
@@ -20,6 +21,7 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m benchmarks.quality": quality,
     "python -m benchmarks.latency": latency,
     "python -m benchmarks.cold_start": cold_start,
+    "python -m benchmarks.calibration": calibration,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -72,7 +74,7 @@ def mistakes(line: str, *, whole: bool = True) -> list[str]:
 
 def options() -> set[str]:
     """Every option of every program."""
-    every = [p for _, c in commands() for p in c.params] + [p for c in (router_ml, quality, latency, cold_start) for p in c.params]
+    every = [p for _, c in commands() for p in c.params] + [p for c in PROGRAMS.values() for p in c.params]
     return {name for p in every if isinstance(p, click.Option) for name in p.opts} | {"--help", "-h"}
 
 

@@ -15,6 +15,8 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.calibration import DIALS
+from benchmarks.calibration import main as calibration_main
 from benchmarks.cold_start import main as cold_start_main
 from benchmarks.latency import main as latency_main
 from benchmarks.quality import main as quality_main
@@ -161,6 +163,48 @@ def test_cold_start_says_what_a_new_model_loses(matrix: Path, tmp_path: Path) ->
     assert rows["0"]["width"] > rows["50"]["width"] > rows["200"]["width"] > 0
     assert abs(rows["200"]["bias"]) < 0.1
     assert not rows["full"].get("regret"), "the full retrain is what the others are held against"
+
+
+def test_calibration_says_what_comes_of_the_claims(matrix: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    own = ["--matrix", matrix, "--catalog", matrix.with_name("catalog.json"), "--encoder", "lexical"]
+    done = invoked(calibration_main, *own, "--seeds", "2", "--json", out)
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert (results.pop("seeds"), results.pop("encoder"), set(results)) == (
+        2, "lexical", {"full", "uniform", "mostly-best"}
+    )  # fmt: skip
+    dials = [f"{dial:g}" for dial in DIALS]
+    for setting, found in results.items():
+        assert setting in done.stdout
+        for rows in (found, found["by_p_ok"]):
+            for name in ("claimed", "coverage", "se", "promised", "defaulted"):
+                assert list(rows[name]) == dials and all(len(rows[name][dial]) == 2 for dial in dials)
+            for seed in (0, 1):
+                claimed = [rows["claimed"][dial][seed] for dial in dials]
+                assert claimed == sorted(claimed, reverse=True) and 0 <= claimed[-1] <= claimed[0] <= 1
+                for dial, share in zip(dials, claimed, strict=True):
+                    assert rows["defaulted"][dial][seed] == pytest.approx(1 - share), "what is not claimed is defaulted"
+                    assert (rows["coverage"][dial][seed] is None) == (share == 0)
+                    if share:
+                        assert rows["promised"][dial][seed] >= float(dial) - 1e-6
+            low = [
+                (float(dial), seed)
+                for dial in dials
+                for seed, rate in enumerate(rows["coverage"][dial])
+                if rate is not None and rate < float(dial) - 0.02
+            ]
+            assert low == [(v["dial"], v["seed"]) for v in rows["violations"]]
+        for dial in dials:
+            ours, plain = found["claimed"][dial], found["by_p_ok"]["claimed"][dial]
+            assert all(a <= b for a, b in zip(ours, plain, strict=True)), "a claim is at most the probability"
+        assert len(found["violations"]) <= len(found["by_p_ok"]["violations"])
+        assert found["ece_floor"][0] > 0 and 0 <= found["interval_holds"][0] <= 1
+    assert results["full"]["coverage_mean"]["0.7"] > 0.7 and results["full"]["claimed"]["0.7"][0] > 0.5
+    width = {setting: np.mean(found["interval_width"]) for setting, found in results.items()}
+    assert width["full"] < width["uniform"], "a quarter of the outcomes, a wider interval"
+    done = invoked(calibration_main, "--matrix", matrix)
+    assert done.exit_code == 1 and "--matrix and --catalog go together" in done.stderr
 
 
 def test_the_routellm_protocol_on_published_outcomes(data_dir: Path, tmp_path: Path) -> None:
