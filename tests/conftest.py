@@ -202,7 +202,7 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
 
 @pytest.fixture(scope="session")
 def sparse_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained bundle whose log knows "local" well, ten rows of "frontier", ten successes of "hosted", and no "mid"."""
+    """A trained bundle that knows "local" well, ten rows of "frontier", ten successes of "hosted", no "mid"."""
     import polars as pl
 
     from features.load import save_router
