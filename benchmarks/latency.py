@@ -94,7 +94,7 @@ def measure(router: Router, requests: list[RouteRequest], repeats: int) -> dict[
             t = lap("kernel", t)
             term_ids = own.lexicon.term_ids(tokens)
             t = lap("terms", t)
-            featurizer.heads.apply(kernel, term_ids, own.lexicon)
+            featurizer.heads.apply(kernel, embedding, term_ids, own.lexicon)
             lap("heads", t)
             features = featurizer.transform(request)
             t = now()

@@ -16,7 +16,7 @@ from router_ml.catalog import Catalog
 from router_ml.types import CandidateFeatures, FloatArray, ModelCard, RouteRequest
 
 DESCRIPTORS = ("model_success", "model_log_input_price", "model_log_output_price")
-PARTS = ("kernel", "lexical")
+PARTS = ("kernel", "lexical", "network")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class CandidateFeaturizer:
 
     def rows(self, features: RequestFeatures) -> CandidateFeatures:
         """Rows [m, d] from a request's own features."""
-        parts, tokens = self.heads.apply(features.kernel, features.term_ids, self.requests.lexicon)
+        parts, tokens = self.heads.apply(features.kernel, features.embedding, features.term_ids, self.requests.lexicon)
         k, m = parts.shape
         rows = self._template.copy()
         rows[:, :k] = parts.T

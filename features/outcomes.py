@@ -1,8 +1,9 @@
 """Outcome features: what past outcomes say of each candidate on a request like this one.
 
-Two linear heads with an output per model. The kernel head sees the request's similarity to landmark requests (Nyström
+Three heads with an output per model. The kernel head sees the request's similarity to landmark requests (Nyström
 approximation of kernel ridge regression; Williams & Seeger 2001) beside the text statistics, the lexical head sees
-TF-IDF weights of words and word pairs. `training.heads` fits them; here they are only applied, in some 100 µs.
+TF-IDF weights of words and word pairs, and the network, with one hidden layer, sees the embedding, the statistics and
+the main directions of the wording. `training.heads` and `training.network` fit them; here they are only applied.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from features.lexicon import Lexicon
 from router_ml.errors import BundleError
 from router_ml.types import FloatArray
 
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 ARRAYS = (
     "landmarks",
     "gamma",
@@ -29,6 +30,10 @@ ARRAYS = (
     "lexical_w",
     "lexical_b",
     "tokens_scale",
+    "network_w1",
+    "network_b1",
+    "network_w2",
+    "network_b2",
 )
 
 
@@ -62,8 +67,10 @@ class KernelMap:
 class OutcomeHeads:
     """The fitted heads, all float32.
 
-    `kernel_w` [q + s, 2m] gives P(ok) and ln(output tokens) per model, `lexical_w` [v, m] gives P(ok); `tokens_scale`
-    [m] turns exp(ln tokens) into an unbiased mean (Duan's smearing, JASA 1983).
+    `kernel_w` [q + s, 2m] gives P(ok) and ln(output tokens) per model; `lexical_w` [v, m + c] gives P(ok) and the c
+    main directions of the wording; `tokens_scale` [m] turns exp(ln tokens) into an unbiased mean (Duan's smearing, JASA
+    1983). The network's `network_w1` [e + c + s, h] takes embedding, directions and statistics, its `network_w2`
+    [h, m] gives log odds.
     """
 
     kernel_w: FloatArray
@@ -71,23 +78,32 @@ class OutcomeHeads:
     lexical_w: FloatArray
     lexical_b: FloatArray
     tokens_scale: FloatArray
+    network_w1: FloatArray
+    network_b1: FloatArray
+    network_w2: FloatArray
+    network_b2: FloatArray
 
     def apply(
-        self, kernel: FloatArray, term_ids: npt.NDArray[np.int64], lexicon: Lexicon
+        self, kernel: FloatArray, embedding: FloatArray, term_ids: npt.NDArray[np.int64], lexicon: Lexicon
     ) -> tuple[FloatArray, FloatArray]:
-        """Parts float32 [2, m] (kernel and lexical estimate of P(ok), in [0, 1]) and output tokens float32 [m]."""
+        """Parts float32 [3, m] (each head's estimate of P(ok), in [0, 1]) and output tokens float32 [m]."""
         m = len(self.lexical_b)
         from_kernel = kernel @ self.kernel_w + self.kernel_b
-        parts = np.empty((2, m), dtype=np.float32)
+        wording = project(term_ids, self.lexical_w, lexicon)
+        seen = np.concatenate(
+            (embedding, wording[m:], kernel[len(embedding) + len(wording) - m - len(self.network_w1) :])
+        )
+        hidden = seen @ self.network_w1
+        hidden += self.network_b1
+        np.maximum(hidden, _ZERO, out=hidden)
+        parts = np.empty((3, m), dtype=np.float32)
         parts[0] = from_kernel[:m]
-        if len(term_ids):
-            at = np.array(term_ids, dtype=np.intp)
-            idf = lexicon.idf.take(at)
-            parts[1] = (
-                np.add.reduce(self.lexical_w.take(at, axis=0), axis=0) / math.sqrt(np.dot(idf, idf)) + self.lexical_b
-            )
-        else:
-            parts[1] = self.lexical_b
+        np.add(wording[:m], self.lexical_b, out=parts[1])
+        odds = hidden @ self.network_w2
+        odds += self.network_b2
+        np.tanh(odds * _HALF, out=parts[2])  # the logistic function of the odds, which cannot overflow
+        parts[2] *= _HALF
+        parts[2] += _HALF
         np.minimum(np.maximum(parts, _ZERO, out=parts), _ONE, out=parts)
         tokens: FloatArray = np.exp(np.minimum(from_kernel[m:], np.float32(14.0))) * self.tokens_scale
         return parts, tokens
@@ -95,7 +111,8 @@ class OutcomeHeads:
     def with_model(self, mix: FloatArray, shift: float, tokens_mix: FloatArray, tokens_factor: float) -> OutcomeHeads:
         """The heads with one more model in last place, whose columns are mixtures of those that are there.
 
-        Its estimates of P(ok) are the existing models', weighted by `mix` [m], plus `shift`; its output tokens are
+        Its estimates of P(ok) are the existing models', weighted by `mix` [m], plus `shift` (in the network the same of
+        their log odds, whose slope at one half is 4); its output tokens are
         their geometric mean, weighted by `tokens_mix` [m] (which sums to 1), times `tokens_factor`. The other models'
         columns stay as they are.
         """
@@ -109,10 +126,25 @@ class OutcomeHeads:
         return OutcomeHeads(
             kernel_w=np.concatenate([more(self.kernel_w[:, :m], mix), more(self.kernel_w[:, m:], tokens_mix)], axis=1),
             kernel_b=np.concatenate([more(self.kernel_b[:m], mix, shift), more(self.kernel_b[m:], tokens_mix)]),
-            lexical_w=more(self.lexical_w, mix),
+            lexical_w=np.concatenate([more(self.lexical_w[:, :m], mix), self.lexical_w[:, m:]], axis=1),
             lexical_b=more(self.lexical_b, mix, shift),
             tokens_scale=np.append(self.tokens_scale, np.float32(scale)),
+            network_w1=self.network_w1,
+            network_b1=self.network_b1,
+            network_w2=more(self.network_w2, mix),
+            network_b2=more(self.network_b2, mix, 4.0 * (shift + 0.5 * (float(mix.sum()) - 1.0))),
         )
+
+
+def project(term_ids: npt.NDArray[np.int64], weights: FloatArray, lexicon: Lexicon) -> FloatArray:
+    """A set of terms as a TF-IDF vector of length 1 times `weights` [v, r], whose rows hold the idf; float32 [r]."""
+    if not len(term_ids):
+        return np.zeros(weights.shape[1], dtype=np.float32)
+    at = np.array(term_ids, dtype=np.intp)
+    idf = lexicon.idf.take(at)
+    projected: FloatArray = np.add.reduce(weights.take(at, axis=0), axis=0)
+    projected *= np.float32(1.0 / math.sqrt(np.dot(idf, idf)))
+    return projected
 
 
 def to_arrays(kernel_map: KernelMap, heads: OutcomeHeads) -> dict[str, npt.NDArray[np.generic]]:
@@ -122,11 +154,7 @@ def to_arrays(kernel_map: KernelMap, heads: OutcomeHeads) -> dict[str, npt.NDArr
         "gamma": np.array(kernel_map.gamma),
         "stat_mean": kernel_map.stat_mean,
         "stat_scale": kernel_map.stat_scale,
-        "kernel_w": heads.kernel_w,
-        "kernel_b": heads.kernel_b,
-        "lexical_w": heads.lexical_w,
-        "lexical_b": heads.lexical_b,
-        "tokens_scale": heads.tokens_scale,
+        **{name: getattr(heads, name) for name in ARRAYS[4:]},
     }
 
 

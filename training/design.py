@@ -20,7 +20,9 @@ Array = npt.NDArray[np.float64]
 LANDMARKS = 384
 GAMMA = 4.0
 KERNEL_DIM = 256
-LEXICAL_DIM = 256
+LEXICAL_DIM = 512
+WORDING_DIM = 64
+"""Main directions of the wording that the network sees; what it costs to serve grows with them."""
 MAX_TERMS = 30_000
 STATISTICS_SCALE = 0.03
 """Spread of a standardised text statistic beside the kernel's features, whose squares sum to 1."""
@@ -62,6 +64,10 @@ class LexicalDesign:
     def fold(self, weights: Array) -> Array:
         """Weights [r, m] of a head as weights [v, m] on the terms themselves."""
         return (self.components @ weights) * self.idf[:, None]
+
+    def directions(self) -> Array:
+        """The main directions of the wording as weights [v, c] on the terms."""
+        return self.components[:, :WORDING_DIM] * self.idf[:, None]
 
 
 def fit_kernel(
@@ -111,7 +117,7 @@ def fit_lexicon(tokens: Sequence[npt.NDArray[np.int64]], vocabulary: int, seed: 
     dim = min(LEXICAL_DIM, n - 1, len(keys) - 1)
     if dim < 1:  # no two requests share a term: the lexical head then says each model's mean
         return lexicon, LexicalDesign(idf, np.zeros((len(keys), 1)))
-    svd = TruncatedSVD(dim, random_state=seed, n_iter=2).fit(matrix)
+    svd = TruncatedSVD(dim, random_state=seed, n_iter=4).fit(matrix)
     return lexicon, LexicalDesign(idf, svd.components_.T.astype(np.float64))
 
 

@@ -22,6 +22,7 @@ from training.dataset import Dataset, Matrix, folds_of
 from training.design import fit_request_featurizer
 from training.encoders import make_encoder
 from training.heads import Moments, fit_head, model_means, moments, total
+from training.network import Network, fit_networks, network_inputs
 
 Report = Callable[[str, float], None]
 """Told of progress: the stage's name and its share done, in [0, 1]."""
@@ -105,9 +106,10 @@ def _fit(
     fold = folds_of(data, FOLDS, seed)
     tokens = np.log1p(data.output_tokens)
     kernel_design = kernel.matrix(features)
+    lexical_design = lexical.matrix(features)
     targets = {
         "kernel": (kernel_design, labels),
-        "lexical": (lexical.matrix(features), labels),
+        "lexical": (lexical_design, labels),
         "tokens": (kernel_design, tokens),
     }
     sums: dict[str, list[Moments]] = {name: [] for name in targets}
@@ -119,24 +121,34 @@ def _fit(
     tokens_w, tokens_b = _tokens_head(whole["tokens"])
     tokens_scale = _smearing(kernel_design @ tokens_w + tokens_b, data.output_tokens)
 
-    def heads(stats: dict[str, Moments]) -> OutcomeHeads:
+    directions = lexical.directions().astype(np.float32)
+    seen, scale = network_inputs(features, lexical_design[:, : directions.shape[1]])
+    say("network", 0.0)
+    network, networks = fit_networks(seen * scale, labels, fold, seed)
+    say("network", 1.0)
+
+    def heads(stats: dict[str, Moments], net: Network) -> OutcomeHeads:
         kernel_w, kernel_b = fit_head(stats["kernel"])
         lexical_w, lexical_b = fit_head(stats["lexical"])
         return OutcomeHeads(
             kernel_w=np.concatenate([kernel.fold(kernel_w), kernel.fold(tokens_w)], axis=1).astype(np.float32),
             kernel_b=np.concatenate([kernel_b, tokens_b]).astype(np.float32),
-            lexical_w=lexical.fold(lexical_w).astype(np.float32),
+            lexical_w=np.concatenate([lexical.fold(lexical_w).astype(np.float32), directions], axis=1),
             lexical_b=lexical_b.astype(np.float32),
             tokens_scale=tokens_scale.astype(np.float32),
+            network_w1=net.w1 * scale[:, None],
+            network_b1=net.b1,
+            network_w2=net.w2,
+            network_b2=net.b2,
         )
 
     final = CandidateFeaturizer(
-        data.catalog, requests, heads(whole), _success(whole["kernel"]), _input_tokens_fit(data)
+        data.catalog, requests, heads(whole, network), _success(whole["kernel"]), _input_tokens_fit(data)
     )
     by_fold = []
     for f in _tick(range(FOLDS), "outcome heads", say):
         rest = {name: whole[name].minus(sums[name][f]) for name in ("kernel", "lexical")}
-        by_fold.append(final.with_heads(heads(rest), _success(rest["kernel"])))
+        by_fold.append(final.with_heads(heads(rest, networks[f]), _success(rest["kernel"])))
     rows, parts = _out_of_fold_rows(features, fold, by_fold, say)
     booster, rounds, raw = _boost(rows, labels, fold, final.names, seed, say)
     mixed = blend(raw, parts)
