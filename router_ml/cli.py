@@ -109,7 +109,11 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--logs", required=True, type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
 @click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory has its own.")
 @click.option(
-    "--quality-threshold", default=0.5, show_default=True, help="From this quality on an answer is acceptable."
+    "--quality-threshold",
+    default=(0.5,),
+    show_default=True,
+    multiple=True,
+    help="From this quality on an answer is acceptable; may be repeated, the lowest is the default.",
 )
 @ENCODER
 @click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
@@ -121,7 +125,7 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
 @TRACKING
 def train(
-    logs: Path, catalog: Path | None, quality_threshold: float, encoder: str, encoder_model: str | None,
+    logs: Path, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str, encoder_model: str | None,
     keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Learn a router from a log and write it as a bundle.

@@ -185,6 +185,11 @@ class LearnedEstimator:
     booster: lgb.Booster
     calibration: Calibration
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The quality thresholds that a request may ask for, ascending; the first is the default."""
+        return tuple(self.calibration.thresholds.tolist())
+
     @cached_property
     def _predict_rows(self) -> RowPredictor:
         return RowPredictor(self.booster)

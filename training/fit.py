@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from features.featurizer import CandidateFeaturizer, RequestFeatures
 from features.outcomes import OutcomeHeads
 from features.text import conversation_chars, request_text, words
 from router_ml.errors import InputError
-from router_ml.quality import LearnedEstimator, blend
+from router_ml.quality import Calibration, LearnedEstimator, blend
 from training.calibrate import calibrate
 from training.dataset import Dataset, Matrix, folds_of
 from training.design import fit_request_featurizer
@@ -68,7 +68,7 @@ class Fit:
 def fit(
     data: Dataset,
     *,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     encoder: str | StaticEncoder = "static",
     encoder_model: str | None = None,
     seed: int = 0,
@@ -76,19 +76,29 @@ def fit(
 ) -> Fit:
     """Fits a learner of P(quality >= threshold) per model, from full or partial outcomes; the same under a seed.
 
+    With several thresholds there is still one learner: it learns the mean of their labels, a graded quality, and its
+    scores are calibrated for each threshold. The lowest is the default of requests that name none.
+
     Linear algebra runs on one thread: its sums then come out the same on every number of cores, and on a busy machine
     it does not wait, spinning, for a core that another process has.
 
     Raises InputError when the data holds too little to learn from.
     """
     with threadpool_limits(limits=1, user_api="blas"):
-        return _fit(data, threshold, encoder, encoder_model, seed, report or (lambda stage, share: None))
+        thresholds = sorted({threshold} if isinstance(threshold, int | float) else set(threshold))
+        return _fit(data, thresholds, encoder, encoder_model, seed, report or (lambda stage, share: None))
 
 
 def _fit(
-    data: Dataset, threshold: float, encoder: str | StaticEncoder, encoder_model: str | None, seed: int, say: Report
+    data: Dataset,
+    thresholds: list[float],
+    encoder: str | StaticEncoder,
+    encoder_model: str | None,
+    seed: int,
+    say: Report,
 ) -> Fit:
-    labels, known = data.labels(threshold), data.observed
+    labels_at, known = [data.labels(t) for t in thresholds], data.observed
+    labels: Matrix = np.mean(labels_at, axis=0, dtype=np.float32)
     if known.sum() < 4 * FOLDS or len(data) < 4 * FOLDS:
         raise InputError(
             f"only {int(known.sum())} outcomes with a quality, on {len(data)} distinct requests: {4 * FOLDS} of each "
@@ -152,7 +162,10 @@ def _fit(
     rows, parts = _out_of_fold_rows(features, fold, by_fold, say)
     booster, rounds, raw = _boost(rows, labels, fold, final.names, seed, say)
     mixed = blend(raw, parts)
-    calibration = calibrate(mixed, labels, 1.0 / data.propensity.astype(np.float64), threshold)
+    weight = 1.0 / data.propensity.astype(np.float64)
+    calibration = Calibration.stack(
+        [calibrate(mixed, at, weight, t) for t, at in zip(thresholds, labels_at, strict=True)]
+    )
     return Fit(
         LearnedEstimator(final, booster, calibration),
         fold,
@@ -180,6 +193,8 @@ def _boost(
     known = ~np.isnan(labels)
     size = int(known.sum())
     params = {**BOOSTER_PARAMS, "seed": seed, "min_data_in_leaf": int(np.clip(size // 100, 5, 100))}
+    if not np.isin(labels[known], (0.0, 1.0)).all():  # of several thresholds
+        params["objective"] = "cross_entropy"
     if size < _ONE_THREAD_BELOW:
         params["num_threads"] = 1
     names_list = list(names)
@@ -203,7 +218,8 @@ def _boost(
             )
         )
         if held.any():
-            losses += np.array(curve["held"]["binary_logloss"]) * int(held.sum())
+            (loss,) = curve["held"].values()
+            losses += np.array(loss) * int(held.sum())
     rounds = int(losses.argmin()) + 1
     raw = np.empty((n, m), dtype=np.float32)
     for f, booster in enumerate(boosters):

@@ -126,4 +126,5 @@ def _log_loss(predicted: Sequence[Matrix], labels: Sequence[Matrix]) -> float:
     p, y = np.concatenate(predicted), np.concatenate(labels)
     known = ~np.isnan(y)
     q = np.clip(p[known], 1e-6, 1 - 1e-6).astype(np.float64)
-    return float(-np.mean(np.where(y[known] > 0.5, np.log(q), np.log1p(-q))))
+    t = y[known].astype(np.float64)
+    return float(-np.mean(t * np.log(q) + (1.0 - t) * np.log1p(-q)))

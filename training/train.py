@@ -48,7 +48,7 @@ def train(
     catalog: Catalog,
     *,
     out: str | Path,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     encoder: str = "static",
     encoder_model: str | None = None,
     holdout: float = 0.2,
@@ -65,8 +65,11 @@ def train(
     """
     if not 0.0 <= holdout < 1.0:
         raise InputError(f"--holdout {holdout} has to lie in [0, 1)")
-    if not 0.0 < threshold <= 1.0:
-        raise InputError(f"--quality-threshold {threshold} has to lie in (0, 1]")
+    thresholds = [threshold] if isinstance(threshold, int | float) else sorted(set(threshold))
+    for value in thresholds or [0.0]:
+        if not 0.0 < value <= 1.0:
+            raise InputError(f"--quality-threshold {value} has to lie in (0, 1]")
+    default = thresholds[0]
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
     check_replaceable(Path(out))
@@ -76,9 +79,9 @@ def train(
     data = build_dataset(frame, catalog)
     older, newest = split_by_time(data, holdout)
     train_data = data.take(older)
-    made = fit(train_data, threshold=threshold, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report)
+    made = fit(train_data, threshold=thresholds, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report)
     held_out = data.take(newest)
-    judged = made.out_of_fold, train_data.labels(threshold)
+    judged = made.out_of_fold, train_data.labels(default)
     metrics: dict[str, Any] = {
         "train_requests": len(older),
         "train_outcomes": int(data.observed[older].sum()),
@@ -89,13 +92,14 @@ def train(
     front = None
     if len(newest):
         estimates = made.estimator.estimate_many(held_out.requests)
-        judged = np.stack([e.p_ok for e in estimates]), held_out.labels(threshold)
+        judged = np.stack([e.p_ok for e in estimates]), held_out.labels(default)
         metrics["held_out"] = scores(*judged)
         front = _frontier(held_out, estimates)
         if front is not None:
             metrics["held_out"]["cost_at"] = cost_at(front)
     params: dict[str, Any] = {
-        "quality_threshold": threshold,
+        "quality_threshold": default,
+        **({"quality_thresholds": thresholds} if len(thresholds) > 1 else {}),
         "encoder": encoder,
         "holdout": holdout,
         "seed": seed,
