@@ -9,8 +9,6 @@ mostly from the best model): every held-out request is routed by the policy's ow
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,16 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import THRESHOLD, Problem, _logged, load_own, load_problem
+from benchmarks.quality import (
+    THRESHOLD,
+    Problem,
+    _logged,
+    check_source,
+    load_own,
+    load_problem,
+    open_console,
+    write_results,
+)
 from features.encoder import StaticEncoder
 from router_ml.choice import choose
 from router_ml.policy import Policy
@@ -169,13 +176,8 @@ def main(
     data: Path, seeds: int, json_path: Path | None, only: tuple[str, ...], encoder: str,
     matrix: Path | None, catalog: Path | None,
 ) -> None:  # fmt: skip
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=170)  # a file has room for the table
-    if (matrix is None) != (catalog is None):
-        raise click.ClickException("--matrix and --catalog go together")
-    if matrix is None and not (data / "catalog.json").is_file():
-        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --matrix FILE --catalog FILE")
+    console = open_console()
+    check_source(data, matrix, catalog)
     shared = make_encoder(encoder, []) if encoder == "static" else encoder
     results: dict[str, Any] = {}
     for name in only or SETTINGS:
@@ -192,11 +194,7 @@ def main(
         show(console, name, results[name])
         console.print(f"{name}: {seeds} seeds in {time.perf_counter() - started:.0f} s\n")
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        aside = json_path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"seeds": seeds, "encoder": encoder, **results}, indent=1) + "\n")
-        aside.replace(json_path)
-        console.print(f"written to {json_path}")
+        write_results(console, json_path, {"seeds": seeds, "encoder": encoder, **results})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ more than that) to 100 times what the dearest's does (at which a point of qualit
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +25,15 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import THRESHOLD, Problem, load_own, load_problem
+from benchmarks.quality import (
+    THRESHOLD,
+    Problem,
+    check_source,
+    load_own,
+    load_problem,
+    open_console,
+    write_results,
+)
 from features.encoder import StaticEncoder
 from router_ml.quality import LearnedEstimator
 from router_ml.types import Estimate, RouteRequest
@@ -224,13 +230,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
 def main(
     data: Path, seeds: int, json_path: Path | None, encoder: str, matrix: Path | None, catalog: Path | None
 ) -> None:
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=120)
-    if (matrix is None) != (catalog is None):
-        raise click.ClickException("--matrix and --catalog go together")
-    if matrix is None and not (data / "catalog.json").is_file():
-        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --matrix FILE --catalog FILE")
+    console = open_console(120)
+    check_source(data, matrix, catalog)
     problem = load_own(matrix, catalog, None) if matrix and catalog else load_problem("mmlu_pro", data)
     if problem.cost_usd is None:
         raise click.ClickException(
@@ -246,11 +247,7 @@ def main(
     show(console, found)
     console.print(f"{seeds} seeds in {time.perf_counter() - started:.0f} s")
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        aside = json_path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"seeds": seeds, "encoder": encoder, "cold_start": found}, indent=1) + "\n")
-        aside.replace(json_path)
-        console.print(f"written to {json_path}")
+        write_results(console, json_path, {"seeds": seeds, "encoder": encoder, "cold_start": found})
 
 
 if __name__ == "__main__":

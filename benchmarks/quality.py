@@ -290,6 +290,29 @@ def show(console: Console, name: str, summary: dict[str, Any]) -> None:
     console.print(table)
 
 
+def open_console(width: int = 170) -> Console:
+    """The terminal; where there is none, a file of `width` columns, which has room for the table."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=width)
+
+
+def check_source(data: Path, matrix: Path | None, catalog: Path | None) -> None:
+    """Raises ClickException unless there is either published data or a matrix with its catalogue."""
+    if (matrix is None) != (catalog is None):
+        raise click.ClickException("--matrix and --catalog go together")
+    if matrix is None and not (data / "catalog.json").is_file():
+        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --matrix FILE --catalog FILE")
+
+
+def write_results(console: Console, path: Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON, aside and renamed, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    aside.replace(path)
+    console.print(f"written to {path}")
+
+
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1))
@@ -303,13 +326,8 @@ def main(
     data: Path, seeds: int, json_path: Path | None, only: tuple[str, ...], encoder: str,
     matrix: Path | None, catalog: Path | None, train_split: str | None,
 ) -> None:  # fmt: skip
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=170)  # a file has room for the table
-    if (matrix is None) != (catalog is None):
-        raise click.ClickException("--matrix and --catalog go together")
-    if matrix is None and not (data / "catalog.json").is_file():
-        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --matrix FILE --catalog FILE")
+    console = open_console()
+    check_source(data, matrix, catalog)
     shared = make_encoder(encoder, []) if encoder == "static" else encoder
     results: dict[str, Any] = {}
     for name in ["custom"] if matrix else only or DATASETS:
@@ -325,11 +343,7 @@ def main(
         show(console, name, {k: v for k, v in results[name].items() if k != "published_routellm"})
         console.print(f"{name}: {seeds} seeds in {time.perf_counter() - started:.0f} s\n")
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        aside = json_path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"seeds": seeds, "encoder": encoder, **results}, indent=1) + "\n")
-        aside.replace(json_path)
-        console.print(f"written to {json_path}")
+        write_results(console, json_path, {"seeds": seeds, "encoder": encoder, **results})
 
 
 if __name__ == "__main__":
