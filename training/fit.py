@@ -173,7 +173,7 @@ def _fit(
         rows,
         calibration.apply(mixed),
         rounds,
-        np.stack([x.embedding for x in features]),
+        seen[:, : encoder.dim],
     )
 
 

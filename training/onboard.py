@@ -180,8 +180,7 @@ def _onboard(
         path = estimator.featurizer
         assert isinstance(path, CandidateFeaturizer)
         prior = prior_mix(path.catalog, card)
-        trained = estimator.calibration.thresholds
-        thresholds = trained.tolist() if len(trained) > 1 else [threshold]  # old bundles do not say which one it was
+        thresholds = estimator.thresholds
         rows = [] if outcomes is None else list(np.flatnonzero(outcomes.observed[:, 0]))
         if outcomes is None or not rows:
             wider = _with_mix(path, card, prior, 0.0, prior, 1.0, float(path.success @ prior))
