@@ -67,10 +67,10 @@ class KernelMap:
 class OutcomeHeads:
     """The fitted heads, all float32.
 
-    `kernel_w` [q + s, 2m] gives P(ok) and ln(output tokens) per model; `lexical_w` [v, m + c] gives P(ok) and the c
-    main directions of the wording; `tokens_scale` [m] turns exp(ln tokens) into an unbiased mean (Duan's smearing, JASA
-    1983). The network's `network_w1` [e + c + s, h] takes embedding, directions and statistics, its `network_w2`
-    [h, m] gives log odds.
+    `kernel_w` [q + s, m] gives P(ok) per model; `lexical_w` [v, m + c] gives P(ok) and the c main directions of the
+    wording. The network's `network_w1` [e + c + s, h] takes embedding, directions and statistics, its `network_w2`
+    [h, 2m] gives log odds and ln(output tokens) per model; `tokens_scale` [m] turns exp(ln tokens) into an unbiased
+    mean (Duan's smearing, JASA 1983).
     """
 
     kernel_w: FloatArray
@@ -88,7 +88,6 @@ class OutcomeHeads:
     ) -> tuple[FloatArray, FloatArray]:
         """Parts float32 [3, m] (each head's estimate of P(ok), in [0, 1]) and output tokens float32 [m]."""
         m = len(self.lexical_b)
-        from_kernel = kernel @ self.kernel_w + self.kernel_b
         wording = project(term_ids, self.lexical_w, lexicon)
         seen = np.concatenate(
             (embedding, wording[m:], kernel[len(embedding) + len(wording) - m - len(self.network_w1) :])
@@ -97,15 +96,16 @@ class OutcomeHeads:
         hidden += self.network_b1
         np.maximum(hidden, _ZERO, out=hidden)
         parts = np.empty((3, m), dtype=np.float32)
-        parts[0] = from_kernel[:m]
+        np.dot(kernel, self.kernel_w, out=parts[0])
+        parts[0] += self.kernel_b
         np.add(wording[:m], self.lexical_b, out=parts[1])
-        odds = hidden @ self.network_w2
-        odds += self.network_b2
-        np.tanh(odds * _HALF, out=parts[2])  # the logistic function of the odds, which cannot overflow
+        out = hidden @ self.network_w2
+        out += self.network_b2
+        np.tanh(out[:m] * _HALF, out=parts[2])  # the logistic function of the odds, which cannot overflow
         parts[2] *= _HALF
         parts[2] += _HALF
         np.minimum(np.maximum(parts, _ZERO, out=parts), _ONE, out=parts)
-        tokens: FloatArray = np.exp(np.minimum(from_kernel[m:], np.float32(14.0))) * self.tokens_scale
+        tokens: FloatArray = np.exp(np.minimum(out[m:], np.float32(14.0))) * self.tokens_scale
         return parts, tokens
 
     def with_model(self, mix: FloatArray, shift: float, tokens_mix: FloatArray, tokens_factor: float) -> OutcomeHeads:
@@ -123,16 +123,18 @@ class OutcomeHeads:
             return np.concatenate([weights, new[..., None].astype(np.float32)], axis=-1)
 
         scale = math.exp(float(np.log(self.tokens_scale.astype(np.float64)) @ tokens_mix)) * tokens_factor
+        odds_shift = 4.0 * (shift + 0.5 * (float(mix.sum()) - 1.0))
+        w2, b2 = self.network_w2, self.network_b2
         return OutcomeHeads(
-            kernel_w=np.concatenate([more(self.kernel_w[:, :m], mix), more(self.kernel_w[:, m:], tokens_mix)], axis=1),
-            kernel_b=np.concatenate([more(self.kernel_b[:m], mix, shift), more(self.kernel_b[m:], tokens_mix)]),
+            kernel_w=more(self.kernel_w, mix),
+            kernel_b=more(self.kernel_b, mix, shift),
             lexical_w=np.concatenate([more(self.lexical_w[:, :m], mix), self.lexical_w[:, m:]], axis=1),
             lexical_b=more(self.lexical_b, mix, shift),
             tokens_scale=np.append(self.tokens_scale, np.float32(scale)),
             network_w1=self.network_w1,
             network_b1=self.network_b1,
-            network_w2=more(self.network_w2, mix),
-            network_b2=more(self.network_b2, mix, 4.0 * (shift + 0.5 * (float(mix.sum()) - 1.0))),
+            network_w2=np.concatenate([more(w2[:, :m], mix), more(w2[:, m:], tokens_mix)], axis=1),
+            network_b2=np.concatenate([more(b2[:m], mix, odds_shift), more(b2[m:], tokens_mix)]),
         )
 
 

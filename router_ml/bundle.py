@@ -24,7 +24,7 @@ import numpy.typing as npt
 from router_ml.catalog import Catalog
 from router_ml.errors import BundleError, InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 _RETRAIN = "fetch the bundle again, or train a new one"

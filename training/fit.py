@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,13 +115,11 @@ def _fit(
     features = [requests.transform(r) for r in _tick(data.requests, "features", say)]
 
     fold = folds_of(data, FOLDS, seed)
-    tokens = np.log1p(data.output_tokens)
     kernel_design = kernel.matrix(features)
     lexical_design = lexical.matrix(features)
     targets = {
         "kernel": (kernel_design, labels),
         "lexical": (lexical_design, labels),
-        "tokens": (kernel_design, tokens),
     }
     sums: dict[str, list[Moments]] = {name: [] for name in targets}
     for f in _tick(range(FOLDS), "outcome statistics", say):
@@ -128,21 +127,26 @@ def _fit(
             full = not np.isnan(target).any()
             sums[name].append(moments(design[fold == f], target[fold == f], full=full))
     whole = {name: total(parts) for name, parts in sums.items()}
-    tokens_w, tokens_b = _tokens_head(whole["tokens"])
-    tokens_scale = _smearing(kernel_design @ tokens_w + tokens_b, data.output_tokens)
 
     directions = lexical.directions().astype(np.float32)
     seen, scale = network_inputs(features, lexical_design[:, : directions.shape[1]])
     say("network", 0.0)
-    network, networks = fit_networks(seen * scale, labels, fold, seed)
+    inputs = seen * scale
+    network, networks = fit_networks(
+        inputs, labels, np.log1p(data.output_tokens), math.log1p(DEFAULT_OUTPUT_TOKENS), fold, seed
+    )
+    log_tokens = np.empty(labels.shape)
+    for f in range(FOLDS):
+        log_tokens[fold == f] = networks[f].predict(inputs[fold == f])[1]
+    tokens_scale = _smearing(log_tokens, data.output_tokens)
     say("network", 1.0)
 
     def heads(stats: dict[str, Moments], net: Network) -> OutcomeHeads:
         kernel_w, kernel_b = fit_head(stats["kernel"])
         lexical_w, lexical_b = fit_head(stats["lexical"])
         return OutcomeHeads(
-            kernel_w=np.concatenate([kernel.fold(kernel_w), kernel.fold(tokens_w)], axis=1).astype(np.float32),
-            kernel_b=np.concatenate([kernel_b, tokens_b]).astype(np.float32),
+            kernel_w=kernel.fold(kernel_w).astype(np.float32),
+            kernel_b=kernel_b.astype(np.float32),
             lexical_w=np.concatenate([lexical.fold(lexical_w).astype(np.float32), directions], axis=1),
             lexical_b=lexical_b.astype(np.float32),
             tokens_scale=tokens_scale.astype(np.float32),
@@ -232,14 +236,8 @@ def _success(stats: Moments) -> npt.NDArray[np.float32]:
     return model_means(stats).astype(np.float32)
 
 
-def _tokens_head(stats: Moments) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    if stats.n.sum() == 0:
-        return np.zeros((stats.x.shape[1], len(stats.y))), np.full(len(stats.y), np.log1p(DEFAULT_OUTPUT_TOKENS))
-    return fit_head(stats)
-
-
 def _smearing(log_tokens: npt.NDArray[np.float64], tokens: Matrix) -> npt.NDArray[np.float64]:
-    """Per model, what the mean of exp(predicted ln tokens) lacks to the mean of the tokens (Duan, JASA 1983)."""
+    """Per model, what the mean of exp(ln tokens), out of fold, lacks to the mean of the tokens (Duan, JASA 1983)."""
     known = ~np.isnan(tokens)
     predicted = np.where(known, np.exp(np.minimum(log_tokens, 14.0)), 0.0).sum(axis=0)
     scale = np.divide(
