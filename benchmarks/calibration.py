@@ -30,7 +30,7 @@ from benchmarks.quality import (
     open_console,
     write_results,
 )
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from router_ml.choice import choose
 from router_ml.policy import Policy
 from router_ml.types import Estimate
@@ -46,7 +46,7 @@ SETTINGS = {"full": "mmlu_pro", "uniform": "mmlu_pro_uniform", "mostly-best": "m
 FLOOR_DRAWS = 5
 
 
-def run(problem: Problem, seed: int, encoder: StaticEncoder | str) -> dict[str, Any]:
+def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, Any]:
     """One seed: what is claimed at each dial, what comes of it, and how well probabilities and intervals hold."""
     train_rows, test_rows = problem.split(seed)
     full, test = problem.data.take(train_rows), problem.data.take(test_rows)
@@ -178,7 +178,7 @@ def main(
 ) -> None:  # fmt: skip
     console = open_console()
     check_source(data, matrix, catalog)
-    shared = make_encoder(encoder, []) if encoder == "static" else encoder
+    shared = encoder if encoder == "lexical" else make_encoder(encoder, [])
     results: dict[str, Any] = {}
     for name in only or SETTINGS:
         if matrix and catalog:

@@ -34,7 +34,7 @@ from benchmarks.quality import (
     open_console,
     write_results,
 )
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from router_ml.quality import LearnedEstimator
 from router_ml.types import Estimate, RouteRequest
 from training.dataset import Dataset
@@ -121,7 +121,7 @@ class Judge:
         }
 
 
-def run(problem: Problem, seed: int, encoder: StaticEncoder | str, say: Any = lambda text: None) -> dict[str, Any]:
+def run(problem: Problem, seed: int, encoder: Encoder | str, say: Any = lambda text: None) -> dict[str, Any]:
     """One seed: per held-out model and number of outcomes, what is lost against the full retrain, and the baselines."""
     train_rows, test_rows = problem.split(seed)
     train, judge = problem.data.take(train_rows), Judge(problem, train_rows, test_rows)
@@ -237,7 +237,7 @@ def main(
         raise click.ClickException(
             "give cost_usd/<model>, output_tokens/<model> or output_chars/<model> for each model"
         )
-    shared = make_encoder(encoder, []) if encoder == "static" else encoder
+    shared = encoder if encoder == "lexical" else make_encoder(encoder, [])
     runs, started = [], time.perf_counter()
     with console.status("cold start") as status:
         for seed in range(seeds):

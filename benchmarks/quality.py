@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import baselines
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from features.text import request_text, words
 from router_ml.catalog import Catalog
 from router_ml.conversation import request_of
@@ -110,7 +110,7 @@ def load_own(file: Path, catalog_file: Path, train_split: str | None) -> Problem
     )
 
 
-def run(problem: Problem, seed: int, encoder: StaticEncoder | str) -> dict[str, dict[str, Any]]:
+def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, dict[str, Any]]:
     """All rows of the table for one seed."""
     train_rows, test_rows = problem.split(seed)
     full, test = problem.data.take(train_rows), problem.data.take(test_rows)
@@ -128,8 +128,8 @@ def run(problem: Problem, seed: int, encoder: StaticEncoder | str) -> dict[str, 
     out["router"] = judge.of(p_ok, expected)
     if cost is not None:
         out["router_min_probability"] = judge.of(p_ok, expected, by="probability")
-    static = encoder if isinstance(encoder, StaticEncoder) else make_encoder(encoder, _words(train), seed=seed)
-    x, x_test = _embed(static, _words(train)), _embed(static, _words(test))
+    embedder = make_encoder(encoder, _words(train), seed=seed) if isinstance(encoder, str) else encoder
+    x, x_test = _embed(embedder, _words(train)), _embed(embedder, _words(test))
     for name, p in baselines(x, train.labels(THRESHOLD), x_test, seed=seed):
         out[name] = judge.of(p, expected)  # the router's own cost estimate: only the probabilities differ
     order = np.random.default_rng([seed, 1]).permutation(len(train))
@@ -240,7 +240,7 @@ def _words(data: Dataset) -> list[list[str]]:
     return [words(request_text(r)) for r in data.requests]
 
 
-def _embed(encoder: StaticEncoder, text_words: list[list[str]]) -> Array:
+def _embed(encoder: Encoder, text_words: list[list[str]]) -> Array:
     return np.stack([encoder.embed(encoder.token_ids(w)) for w in text_words])
 
 
@@ -328,7 +328,7 @@ def main(
 ) -> None:  # fmt: skip
     console = open_console()
     check_source(data, matrix, catalog)
-    shared = make_encoder(encoder, []) if encoder == "static" else encoder
+    shared = encoder if encoder == "lexical" else make_encoder(encoder, [])
     results: dict[str, Any] = {}
     for name in ["custom"] if matrix else only or DATASETS:
         problem = load_own(matrix, catalog, train_split) if matrix and catalog else load_problem(name, data)

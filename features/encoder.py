@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +33,12 @@ class StaticEncoder:
     tokens: tuple[str, ...]
     table: FloatArray
     pieces: bool
-    _ids: _WordIds = field(init=False, repr=False, compare=False)
+    _ids: WordIds = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.table.ndim != 2 or len(self.tokens) != len(self.table):
             raise BundleError(f"encoder {self.id!r}: {len(self.tokens)} tokens for a table of shape {self.table.shape}")
-        object.__setattr__(self, "_ids", _WordIds(self.tokens, self.pieces))
+        object.__setattr__(self, "_ids", WordIds(self.tokens, self.pieces))
 
     @property
     def dim(self) -> int:
@@ -57,16 +58,37 @@ class StaticEncoder:
         return vector / np.float32(norm) if norm > 0.0 else vector
 
 
-class _WordIds(dict[str, tuple[int, ...]]):
-    """Word to its tokens' ids. A word that is not a token is cut on first sight and remembered."""
+class Encoder(Protocol):
+    """A text, given as words, to token ids and from these to an embedding: the static table or a transformer.
 
-    def __init__(self, tokens: tuple[str, ...], pieces: bool) -> None:
+    `id` names it, `tokens` are its vocabulary in the order of the ids, `pieces` says whether unknown words are cut.
+    """
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def tokens(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def pieces(self) -> bool: ...  # noqa: D102
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+    def token_ids(self, words: list[str]) -> npt.NDArray[np.int64]: ...  # noqa: D102
+    def embed(self, ids: npt.NDArray[np.int64]) -> FloatArray: ...  # noqa: D102
+
+
+class WordIds(dict[str, tuple[int, ...]]):
+    """Word to its tokens' ids. A word that is not a token is cut on first sight and remembered.
+
+    One that cannot be cut has the ids `unknown`.
+    """
+
+    def __init__(self, tokens: tuple[str, ...], pieces: bool, unknown: tuple[int, ...] = ()) -> None:
         self._tokens = {token: i for i, token in enumerate(tokens)}
-        self._pieces = pieces
+        self._pieces, self._unknown = pieces, unknown
         super().__init__({token: (i,) for token, i in self._tokens.items() if not (pieces and token.startswith("##"))})
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = self._cut(word) if self._pieces and len(word) <= _LONGEST_WORD else ()
+        ids = self._cut(word) if self._pieces and len(word) <= _LONGEST_WORD else self._unknown
         if len(self) < _CACHE_LIMIT:
             self[word] = ids
         return ids
@@ -83,5 +105,5 @@ class _WordIds(dict[str, tuple[int, ...]]):
                     start = end
                     break
             else:
-                return ()
+                return self._unknown
         return tuple(ids)

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from features.lexicon import Lexicon
 from features.outcomes import KernelMap, OutcomeHeads
 from features.text import STATISTICS, conversation_chars, request_text, text_statistics, words
@@ -34,7 +34,7 @@ class RequestFeatures:
 class RequestFeaturizer:
     """The part that no label enters: encoder, kernel map and lexicon. It is fitted once and shared by all folds."""
 
-    encoder: StaticEncoder
+    encoder: Encoder
     kernel_map: KernelMap
     lexicon: Lexicon
 

@@ -10,11 +10,12 @@ from typing import Any
 import lightgbm as lgb
 import numpy as np
 
-from features.encoder import StaticEncoder
+from features.encoder import Encoder, StaticEncoder
 from features.featurizer import CandidateFeaturizer, RequestFeaturizer
 from features.lexicon import Lexicon
 from features.neighbours import Neighbours, from_bytes, to_bytes
 from features.outcomes import from_arrays, to_arrays
+from features.transformer import TransformerEncoder
 from router_ml.bundle import MANIFEST, Bundle, pack_arrays, read_bundle, read_later, write_bundle
 from router_ml.costs import Reliability
 from router_ml.errors import BundleError, InputError
@@ -24,6 +25,7 @@ from router_ml.router import Router
 
 BOOSTER, ENCODER, TOKENS, OUTCOMES = "booster.txt", "encoder.npz", "tokens.json", "outcomes.npz"
 NEIGHBOURS = "neighbours.npz"
+TRANSFORMER, TRANSFORMER_CONFIG = "transformer.safetensors", "transformer.json"
 
 
 def save_router(
@@ -40,7 +42,7 @@ def save_router(
     outcomes = to_arrays(featurizer.requests.kernel_map, featurizer.heads)
     files = {
         BOOSTER: estimator.booster.model_to_string(num_iteration=-1).encode(),
-        ENCODER: pack_arrays({"table": encoder.table.astype(np.float16)}),
+        **_encoder_files(encoder),
         TOKENS: _dump(encoder.tokens),
         OUTCOMES: pack_arrays(
             {
@@ -61,7 +63,12 @@ def save_router(
             "catalog": featurizer.catalog.to_json(),
             "features": list(featurizer.names),
             "features_sha256": _names_hash(featurizer.names),
-            "encoder": {"id": encoder.id, "pieces": encoder.pieces, "dim": encoder.dim},
+            "encoder": {
+                "id": encoder.id,
+                "kind": "transformer" if isinstance(encoder, TransformerEncoder) else "table",
+                "pieces": encoder.pieces,
+                "dim": encoder.dim,
+            },
             "input_tokens_fit": list(featurizer.input_tokens_fit),
             "trained_models": len(featurizer.catalog) if featurizer.trained is None else featurizer.trained,
         },
@@ -72,9 +79,7 @@ def save_router(
 def load_estimator(bundle: Bundle) -> LearnedEstimator:
     """The learner of a verified bundle. Raises BundleError when its parts do not fit each other."""
     arrays = bundle.arrays(OUTCOMES)
-    spec = bundle.manifest["encoder"]
-    table = np.ascontiguousarray(bundle.arrays(ENCODER)["table"], dtype=np.float32)
-    encoder = StaticEncoder(spec["id"], tuple(bundle.json(TOKENS)), table, bool(spec["pieces"]))
+    encoder = _encoder(bundle)
     kernel_map, heads = from_arrays(arrays)
     lexicon = Lexicon(len(encoder.tokens), arrays["term_keys"].astype(np.int64), arrays["idf"].astype(np.float32))
     a, b = bundle.manifest["input_tokens_fit"]
@@ -122,6 +127,21 @@ def load_neighbours(path: str | Path, version: str) -> Neighbours | None:
     """
     data = read_later(path, version, NEIGHBOURS)
     return None if data is None else from_bytes(data, NEIGHBOURS)
+
+
+def _encoder_files(encoder: Encoder) -> dict[str, bytes]:
+    if isinstance(encoder, TransformerEncoder):
+        return {TRANSFORMER: encoder.weights, TRANSFORMER_CONFIG: encoder.config}
+    assert isinstance(encoder, StaticEncoder)
+    return {ENCODER: pack_arrays({"table": encoder.table.astype(np.float16)})}
+
+
+def _encoder(bundle: Bundle) -> Encoder:
+    spec, tokens = bundle.manifest["encoder"], tuple(bundle.json(TOKENS))
+    if spec["kind"] == "transformer":
+        return TransformerEncoder(spec["id"], tokens, bundle.file(TRANSFORMER_CONFIG), bundle.file(TRANSFORMER))
+    table = np.ascontiguousarray(bundle.arrays(ENCODER)["table"], dtype=np.float32)
+    return StaticEncoder(spec["id"], tokens, table, bool(spec["pieces"]))
 
 
 def _reliability(bundle: Bundle) -> Reliability | None:

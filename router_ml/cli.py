@@ -24,7 +24,10 @@ TRACKING = click.option(
     help="MLflow's store.",
 )
 ENCODER = click.option(
-    "--encoder", default="static", show_default=True, help="static (distilled from MiniLM) or lexical."
+    "--encoder",
+    default="static",
+    show_default=True,
+    help="static (distilled from MiniLM), transformer (MiniLM itself) or lexical.",
 )
 SEED = click.option("--seed", default=0, show_default=True, help="The same seed gives the same result.")
 

@@ -302,7 +302,7 @@ REFUSALS: dict[str, tuple[Callable[[Way], list[str | Path]], str]] = {
     "no such log": (lambda w: ["train", "--logs", w / "none", "--out", w / "x"], "does not exist"),
     "unknown encoder": (
         lambda w: ["train", "--logs", w / "logs", "--out", w / "x", "--encoder", "bert"],
-        "unknown encoder 'bert': choose one of static, lexical",
+        "unknown encoder 'bert': choose one of static, lexical, transformer",
     ),
     "no MiniLM there": (
         lambda w: ["train", "--logs", w / "logs", "--out", w / "x", "--encoder-model", str(w / "none")],

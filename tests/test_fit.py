@@ -148,7 +148,7 @@ def test_held_out_requests_do_not_enter_the_bundle(tiny_log: pl.DataFrame, catal
     [
         ({"holdout": 1.0}, "holdout"),
         ({"threshold": 0.0}, "quality-threshold"),
-        ({"encoder": "bert"}, "static, lexical"),
+        ({"encoder": "bert"}, "static, lexical, transformer"),
     ],
 )
 def test_bad_options_are_refused(

@@ -9,17 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from features.featurizer import RequestFeatures, RequestFeaturizer
 from features.lexicon import Lexicon, term_keys
 from features.outcomes import KernelMap
 from features.text import text_statistics
+from features.transformer import TransformerEncoder
 from router_ml.types import FloatArray, RouteRequest
 
 Array = npt.NDArray[np.float64]
-LANDMARKS = 384
-GAMMA = 4.0
-KERNEL_DIM = 256
 LEXICAL_DIM = 512
 WORDING_DIM = 64
 """Main directions of the wording that the network sees; what it costs to serve grows with them."""
@@ -28,6 +26,20 @@ STATISTICS_SCALE = 0.03
 """Spread of a standardised text statistic beside the kernel's features, whose squares sum to 1."""
 _LEAST_EIGENVALUE = 1e-4
 _CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """How finely the kernel sees embeddings: landmark requests, the width `gamma`, and the main directions kept."""
+
+    landmarks: int
+    gamma: float
+    dim: int
+
+
+TABLE_SHAPE = KernelShape(384, 4.0, 256)
+TRANSFORMER_SHAPE = KernelShape(1500, 2.0, 512)
+"""A transformer's embeddings tell more apart, and beside its own time that of more landmarks does not count."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +86,27 @@ def fit_kernel(
     requests: Sequence[RouteRequest],
     texts: Sequence[str],
     text_words: Sequence[list[str]],
-    encoder: StaticEncoder,
+    encoder: Encoder,
     seed: int,
 ) -> tuple[KernelMap, KernelDesign]:
     """Draws landmarks among the requests and finds the r main directions of the kernel's feature space."""
+    shape = TRANSFORMER_SHAPE if isinstance(encoder, TransformerEncoder) else TABLE_SHAPE
     rng = np.random.default_rng(seed)
     sample = rng.permutation(len(requests))[:_CHUNK]
     statistics = np.stack([text_statistics(requests[i], texts[i], text_words[i]) for i in sample]).astype(np.float64)
     spread = statistics.std(axis=0)
     scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-6)
     embeddings = np.unique(np.stack([encoder.embed(encoder.token_ids(text_words[i])) for i in sample]), axis=0)
-    drawn = np.sort(rng.permutation(len(embeddings))[:LANDMARKS])
+    drawn = np.sort(rng.permutation(len(embeddings))[: shape.landmarks])
     landmarks = np.ascontiguousarray(embeddings[drawn].T)
-    kernel_map = KernelMap(landmarks, GAMMA, statistics.mean(axis=0).astype(np.float32), scale.astype(np.float32))
-    similarity = np.exp(GAMMA * (landmarks.T.astype(np.float64) @ landmarks - 1.0))
+    kernel_map = KernelMap(landmarks, shape.gamma, statistics.mean(axis=0).astype(np.float32), scale.astype(np.float32))
+    similarity = np.exp(shape.gamma * (landmarks.T.astype(np.float64) @ landmarks - 1.0))
     values, vectors = np.linalg.eigh(similarity)
     keep = values > _LEAST_EIGENVALUE
     whiten = vectors[:, keep] / np.sqrt(values[keep])
-    nystrom = np.exp(GAMMA * (embeddings.astype(np.float64) @ landmarks - 1.0)) @ whiten
+    nystrom = np.exp(shape.gamma * (embeddings.astype(np.float64) @ landmarks - 1.0)) @ whiten
     _, directions = np.linalg.eigh(np.cov(nystrom, rowvar=False).reshape(whiten.shape[1], -1))
-    top = whiten @ directions[:, ::-1][:, :KERNEL_DIM]
+    top = whiten @ directions[:, ::-1][:, : shape.dim]
     q, s = len(landmarks.T), statistics.shape[1]
     basis = np.zeros((q + s, top.shape[1] + s))
     basis[:q, : top.shape[1]] = top
@@ -137,7 +150,7 @@ def fit_request_featurizer(
     requests: Sequence[RouteRequest],
     texts: Sequence[str],
     text_words: Sequence[list[str]],
-    encoder: StaticEncoder,
+    encoder: Encoder,
     seed: int,
 ) -> tuple[RequestFeaturizer, KernelDesign, LexicalDesign]:
     """Everything that no outcome enters, from the training requests alone."""

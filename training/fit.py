@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from features.encoder import StaticEncoder
+from features.encoder import Encoder
 from features.featurizer import CandidateFeaturizer, RequestFeatures
 from features.outcomes import OutcomeHeads
 from features.text import conversation_chars, request_text, words
@@ -70,7 +70,7 @@ def fit(
     data: Dataset,
     *,
     threshold: float | Sequence[float] = 0.5,
-    encoder: str | StaticEncoder = "static",
+    encoder: str | Encoder = "static",
     encoder_model: str | None = None,
     seed: int = 0,
     report: Report | None = None,
@@ -93,7 +93,7 @@ def fit(
 def _fit(
     data: Dataset,
     thresholds: list[float],
-    encoder: str | StaticEncoder,
+    encoder: str | Encoder,
     encoder_model: str | None,
     seed: int,
     say: Report,
@@ -108,7 +108,7 @@ def _fit(
     texts = [request_text(r) for r in data.requests]
     text_words = [words(text) for text in _tick(texts, "read prompts", say)]
     say("encoder and vocabulary", 0.0)
-    if not isinstance(encoder, StaticEncoder):
+    if isinstance(encoder, str):
         encoder = make_encoder(encoder, text_words, model=encoder_model, seed=seed)
     requests, kernel, lexical = fit_request_featurizer(data.requests, texts, text_words, encoder, seed)
     say("encoder and vocabulary", 1.0)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.featurizer import RequestFeatures
+from features.transformer import one_torch_thread
 
 Matrix = npt.NDArray[np.float32]
 HIDDEN = 128
@@ -74,12 +75,8 @@ def fit_networks(
     ln(tokens) of a model without any. The same under a seed; torch runs on one thread, as the rest of the linear
     algebra does.
     """
-    import torch
-
     folds = range(int(fold.max()) + 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_torch_thread():
         best: tuple[float, int, list[Network]] = (np.inf, EPOCHS[0], [])
         for epochs in EPOCHS:
             made = [_fit(x[fold != f], labels[fold != f], log_tokens[fold != f], default, epochs, seed) for f in folds]
@@ -89,8 +86,6 @@ def fit_networks(
                 break
             best = loss, epochs, made
         return _fit(x, labels, log_tokens, default, best[1], seed), best[2]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _fit(x: Matrix, labels: Matrix, log_tokens: Matrix, default: float, epochs: int, seed: int) -> Network:

@@ -1,0 +1,141 @@
+"""The transformer encoder: the vectors of sentence-transformers, rows that are the same live, its own bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from features.encoder import Encoder
+from features.featurizer import CandidateFeaturizer
+from features.load import TRANSFORMER, load_estimator, load_router, save_router
+from features.text import words
+from features.transformer import MAX_TOKENS, TransformerEncoder, one_torch_thread
+from router_ml.bundle import read_bundle
+from router_ml.catalog import Catalog
+from router_ml.conversation import request_of
+from router_ml.errors import BundleError, InputError
+from router_ml.quality import LearnedEstimator
+from training.dataset import Dataset, build_dataset
+from training.encoders import MINILM_SHA256, find_minilm, make_encoder, transformer_encoder
+from training.fit import Fit, fit
+
+TEXTS = [
+    "Where is my parcel?",
+    "Prove that there are infinitely many primes.\n\nThen prove it again, without Euclid; use ζ(s) if you like.",
+    "Größe, naïve café, 東京 and 😀: tokens that few vocabularies have. " * 3,
+    "word " * 600,
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TransformerEncoder:
+    return transformer_encoder()
+
+
+@pytest.fixture(scope="module")
+def data(tiny_log: pl.DataFrame, catalog: Catalog) -> Dataset:
+    return build_dataset(tiny_log.head(4 * 120), catalog)
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Dataset, encoder: Encoder) -> Fit:
+    return fit(data, encoder=encoder)
+
+
+@pytest.fixture(scope="module")
+def bundle(fitted: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("transformer") / "bundle"
+    save_router(out, fitted.estimator, {"quality_threshold": 0.5})
+    return out
+
+
+def test_the_vectors_are_those_of_sentence_transformers(encoder: TransformerEncoder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(find_minilm()), device="cpu")
+    theirs.max_seq_length = MAX_TOKENS + 2
+    with one_torch_thread():
+        wanted = theirs.encode(TEXTS, batch_size=1, normalize_embeddings=True)
+    ours = np.stack([encoder.embed(encoder.token_ids(words(text))) for text in TEXTS])
+    assert ours.shape == (len(TEXTS), encoder.dim) and ours.dtype == np.float32
+    assert np.abs(ours - wanted).max() < 2e-6
+
+
+def test_a_text_without_words_is_zero_and_a_repeated_one_is_remembered(encoder: TransformerEncoder) -> None:
+    assert not encoder.embed(np.empty(0, dtype=np.int64)).any()
+    ids = encoder.token_ids(words("Where is my parcel?"))
+    assert encoder.embed(ids) is encoder.embed(ids.copy())
+    assert encoder.embed(ids) is not encoder.embed(ids[:-1])
+
+
+def test_a_live_request_gets_its_training_row_bit_for_bit(fitted: Fit, data: Dataset, bundle: Path) -> None:
+    fresh = load_estimator(read_bundle(bundle))  # another encoder object, which remembers nothing
+    featurizer = fresh.featurizer
+    assert isinstance(featurizer, CandidateFeaturizer)
+    for i in range(0, len(data), 7):
+        own = fitted.fold_featurizers[fitted.fold[i]]
+        live = own.rows(featurizer.requests.transform(data.requests[i])).rows
+        assert live.tobytes() == fitted.rows[i].tobytes()
+
+
+def test_the_bundle_routes_by_itself(bundle: Path, fitted: Fit, data: Dataset) -> None:
+    router = load_router(bundle)
+    assert isinstance(router.estimator, LearnedEstimator)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["encoder"] == {
+        "id": f"bert-{MINILM_SHA256[:12]}",
+        "kind": "transformer",
+        "pieces": True,
+        "dim": 384,
+    }
+    for request in data.requests[:5]:
+        assert np.array_equal(router.estimator.estimate(request).p_ok, fitted.estimator.estimate(request).p_ok)
+    hard, easy = (
+        router.decide(request_of(prompt=p, min_probability=0.85))
+        for p in ("Prove rigorously that the tensor comet operator is bounded.", "What is the plural of river?")
+    )
+    assert easy.chosen.expected_cost_usd < hard.chosen.expected_cost_usd
+
+
+def test_altered_weights_are_refused_by_name(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    with (copy / TRANSFORMER).open("r+b") as handle:
+        handle.seek(50_000_000)
+        byte = handle.read(1)
+        handle.seek(50_000_000)
+        handle.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(BundleError, match=TRANSFORMER):
+        load_router(copy)
+
+
+def test_what_is_not_a_bert_model_is_refused(encoder: TransformerEncoder, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="'t5' model"):
+        TransformerEncoder("x", encoder.tokens, b'{"model_type": "t5"}', encoder.weights)
+    with pytest.raises(BundleError, match="lacks a mark of BERT's"):
+        TransformerEncoder("x", ("a", "b"), encoder.config, encoder.weights)
+    other = json.dumps({**json.loads(encoder.config), "num_hidden_layers": 7}).encode()
+    with pytest.raises(BundleError, match=r"weights lack encoder\.layer\.6"):
+        TransformerEncoder("x", encoder.tokens, other, encoder.weights)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="not the folder of a sentence transformer"):
+        make_encoder("transformer", [], model=str(tmp_path))
+
+
+def test_torch_has_its_threads_back_afterwards() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_torch_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
