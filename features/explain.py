@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -143,7 +144,9 @@ def explain(
     elif not past:
         note = "the request holds no word that the encoder knows, so no past request is near it"
     # Row-wise [m, d + 1]: a column a feature, and the average row's log odds in the last.
-    shap = np.asarray(estimator.booster.predict(features.rows, pred_contrib=True, num_threads=1), dtype=np.float64)
+    shap = np.asarray(
+        _booster(estimator.trees.text).predict(features.rows, pred_contrib=True, num_threads=1), dtype=np.float64
+    )
     thresholds = estimator.calibration.thresholds.tolist()
     at = thresholds.index(decision.quality_threshold) if decision.quality_threshold in thresholds else 0
     estimate = estimator.score(features, at)
@@ -215,6 +218,14 @@ def explain_stored(
             f"to explain it by. It took {decision.model}: {decision.reason}"
         )
     return explain(router, decision, features, neighbours, nearest=nearest)
+
+
+@lru_cache(maxsize=2)
+def _booster(text: str) -> Any:
+    """LightGBM's own model, which a decision does not need: it knows what each feature adds."""
+    import lightgbm
+
+    return lightgbm.Booster(model_str=text)
 
 
 def _nearest(

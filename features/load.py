@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightgbm as lgb
 import numpy as np
 
 from features.encoder import Encoder, StaticEncoder
@@ -22,6 +21,7 @@ from router_ml.errors import BundleError, InputError
 from router_ml.policy import Policy
 from router_ml.quality import Calibration, LearnedEstimator
 from router_ml.router import Router
+from router_ml.trees import Trees
 
 BOOSTER, ENCODER, TOKENS, OUTCOMES = "booster.txt", "encoder.npz", "tokens.json", "outcomes.npz"
 NEIGHBOURS = "neighbours.npz"
@@ -41,7 +41,7 @@ def save_router(
     encoder, lexicon = featurizer.requests.encoder, featurizer.requests.lexicon
     outcomes = to_arrays(featurizer.requests.kernel_map, featurizer.heads)
     files = {
-        BOOSTER: estimator.booster.model_to_string(num_iteration=-1).encode(),
+        BOOSTER: estimator.trees.text.encode(),
         **_encoder_files(encoder),
         TOKENS: _dump(encoder.tokens),
         OUTCOMES: pack_arrays(
@@ -96,10 +96,12 @@ def load_estimator(bundle: Bundle) -> LearnedEstimator:
             f"{MANIFEST} was made with other features than this version of router-ml computes: "
             "install the version that made it, or train again"
         )
-    booster = lgb.Booster(model_str=bundle.file(BOOSTER).decode())
-    if booster.num_feature() != len(featurizer.names):
-        raise BundleError(f"{BOOSTER} expects {booster.num_feature()} features, there are {len(featurizer.names)}")
-    return LearnedEstimator(featurizer, booster, Calibration.from_arrays(arrays))
+    trees = Trees(bundle.file(BOOSTER).decode())
+    if trees.names != featurizer.names:
+        raise BundleError(
+            f"{BOOSTER} expects {len(trees.names)} other features than the {len(featurizer.names)} there are"
+        )
+    return LearnedEstimator(featurizer, trees, Calibration.from_arrays(arrays))
 
 
 def load_router(path: str | Path, policy: Policy | None = None) -> Router:

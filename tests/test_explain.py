@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import lightgbm
 import numpy as np
 import polars as pl
 import pytest
@@ -73,7 +74,7 @@ def test_contributions_sum_to_the_boosters_raw_score(router: Router, past: Neigh
     names = learner(router).featurizer.names
     for prompt in (EASY, HARD, "", UNKNOWN_WORDS):
         decision, features = decided(router, prompt=prompt)
-        raw = np.asarray(learner(router).booster.predict(features.rows, raw_score=True))
+        raw = np.asarray(lightgbm.Booster(model_str=learner(router).trees.text).predict(features.rows, raw_score=True))
         for candidate in explain(router, decision, features, past).candidates:
             i = router.catalog.index[candidate.model]
             parts = [x.log_odds for x in candidate.contributions]
@@ -86,7 +87,7 @@ def test_contributions_sum_to_the_boosters_raw_score(router: Router, past: Neigh
 
 def test_a_contribution_is_what_the_feature_changes(router: Router) -> None:
     # On average over the order in which features become known: a feature that no tree asks for adds nothing.
-    booster = learner(router).booster
+    booster = lightgbm.Booster(model_str=learner(router).trees.text)
     used = dict(zip(booster.feature_name(), booster.feature_importance("split"), strict=True))
     decision, features = decided(router, prompt=HARD)
     for candidate in explain(router, decision, features, None).candidates:
@@ -98,7 +99,7 @@ def test_the_estimates_are_those_that_were_averaged_and_calibrated(router: Route
     estimator = learner(router)
     decision, features = decided(router, prompt=HARD)
     names = estimator.featurizer.names
-    booster = np.asarray(estimator.booster.predict(features.rows))
+    booster = np.asarray(lightgbm.Booster(model_str=estimator.trees.text).predict(features.rows))
     decided_p = {c.model: c.p_ok for c in decision.candidates}
     for candidate in explained.candidates:
         i = router.catalog.index[candidate.model]

@@ -72,10 +72,6 @@ def test_single_and_batch_estimates_are_the_same_numbers(data: Dataset, fitted: 
     ):
         assert np.array_equal(one.p_ok, many.p_ok)
         assert np.array_equal(one.output_tokens, many.output_tokens)
-    rows = fitted.rows[0]
-    assert np.array_equal(
-        fitted.estimator._predict_rows(rows), fitted.estimator.booster.predict(rows).astype(np.float32)
-    )
 
 
 def test_learns_what_is_there(data: Dataset, fitted: Fit) -> None:

@@ -18,6 +18,7 @@ from features.outcomes import OutcomeHeads
 from features.text import conversation_chars, request_text, words
 from router_ml.errors import InputError
 from router_ml.quality import Calibration, LearnedEstimator, blend
+from router_ml.trees import LEAVES, Trees
 from training.calibrate import calibrate
 from training.dataset import Dataset, Matrix, folds_of
 from training.design import fit_request_featurizer
@@ -36,7 +37,7 @@ DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
 BOOSTER_PARAMS: dict[str, Any] = {
     "objective": "binary",
-    "num_leaves": 8,
+    "num_leaves": LEAVES,
     "learning_rate": 0.15,
     "feature_fraction": 0.7,
     "bagging_fraction": 0.7,
@@ -171,7 +172,7 @@ def _fit(
         [calibrate(mixed, at, weight, t) for t, at in zip(thresholds, labels_at, strict=True)]
     )
     return Fit(
-        LearnedEstimator(final, booster, calibration),
+        LearnedEstimator(final, Trees(booster.model_to_string(num_iteration=-1)), calibration),
         fold,
         tuple(by_fold),
         rows,

@@ -220,7 +220,7 @@ def _with_mix(
 def _scores(estimator: LearnedEstimator, path: CandidateFeaturizer, requests: list[RequestFeatures]) -> FloatArray:
     """What booster and parts together say of the last model, before calibration, [n]."""
     seen = [path.rows(x) for x in requests]
-    raw = np.asarray(estimator.booster.predict(np.stack([x.rows[-1] for x in seen]), num_threads=1), dtype=np.float32)
+    raw = estimator.trees.predict(np.stack([x.rows[-1] for x in seen]))
     return blend(raw, np.stack([x.parts[:, -1] for x in seen], axis=1))
 
 
@@ -242,7 +242,7 @@ def _calibrated(
         columns.append((slope, intercept, *uncertainty_of(score, slope, intercept)))
     names = ("slope", "intercept", "center", "level_var", "slope_var")
     calibration = old.with_model(**dict(zip(names, np.array(columns).T, strict=True)))
-    return LearnedEstimator(path, estimator.booster, calibration)
+    return LearnedEstimator(path, estimator.trees, calibration)
 
 
 def _length_factor(expected: Array, tokens: npt.NDArray[np.float32]) -> float:
