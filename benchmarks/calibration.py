@@ -20,16 +20,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import (
-    THRESHOLD,
-    Problem,
-    _logged,
-    check_source,
-    load_own,
-    load_problem,
-    open_console,
-    write_results,
-)
+from benchmarks.problems import Problem, load_own, load_problem, logged
+from benchmarks.quality import THRESHOLD
+from benchmarks.results import check_source, open_console, write_results
 from features.encoder import Encoder
 from router_ml.choice import choose
 from router_ml.policy import Policy
@@ -50,7 +43,7 @@ def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, Any]:
     """One seed: what is claimed at each dial, what comes of it, and how well probabilities and intervals hold."""
     train_rows, test_rows = problem.split(seed)
     full, test = problem.data.take(train_rows), problem.data.take(test_rows)
-    train = _logged(full, problem.logging, seed)
+    train = logged(full, problem.logging, seed)
     made = fit(train, threshold=THRESHOLD, encoder=encoder, seed=seed)
     estimates = made.estimator.estimate_many(test.requests)
     expected = expected_costs(estimates, test.catalog).astype(np.float32)

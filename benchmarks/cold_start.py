@@ -25,15 +25,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import (
-    THRESHOLD,
-    Problem,
-    check_source,
-    load_own,
-    load_problem,
-    open_console,
-    write_results,
-)
+from benchmarks.problems import Problem, load_own, load_problem
+from benchmarks.quality import THRESHOLD
+from benchmarks.results import check_source, open_console, write_results
 from features.encoder import Encoder
 from router_ml.quality import LearnedEstimator
 from router_ml.types import Estimate, RouteRequest

@@ -13,7 +13,6 @@ on words of the other half: words that were never seen have to be cut into piece
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
 import sys
@@ -28,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import load_problem
+from benchmarks.problems import load_problem
+from benchmarks.results import write_results
 from features.featurizer import CandidateFeaturizer
 from features.load import load_router, save_router
 from features.text import request_text, text_statistics, words
@@ -232,10 +232,7 @@ def main(data: Path, bundle: Path | None, count: int, repeats: int, encoder: str
         f"blocks (at most {quiet['reference_us']}) a decision took {quiet['p50']:.0f} and {quiet['p99']:.0f}"
     )
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        aside = json_path.with_suffix(".tmp")
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(json_path)
+        write_results(console, json_path, found)
 
 
 if __name__ == "__main__":

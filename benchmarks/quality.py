@@ -8,40 +8,29 @@ request, RouteLLM's MMLU and GSM8K. `--matrix FILE --catalog FILE` runs the same
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import baselines
+from benchmarks.problems import DATASETS, STRONG, WEAK, IntArray, Problem, load_own, load_problem, logged
+from benchmarks.results import check_source, open_console, summarise, write_results
 from features.encoder import Encoder
 from features.text import request_text, words
-from router_ml.catalog import Catalog
-from router_ml.conversation import request_of
 from training.dataset import Dataset
 from training.encoders import ENCODERS, make_encoder
 from training.evaluate import Frontier, aiq_log, cost_at, frontier, scores, strong_weak
 from training.fit import fit
-from training.matrix import CHARS_PER_TOKEN, read_matrix
-from training.outcomes import draw_models, logging_propensities
 from training.train import expected_costs
 
 Array = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.int64]
-DATASETS = ("mmlu_pro", "mmlu_pro_uniform", "mmlu_pro_mostly_best", "routellm_mmlu", "routellm_gsm8k")
-PREAMBLE_TOKENS = 1200
-TRAIN_ROWS = {"mmlu_pro": 7000, "routellm_mmlu": 1500, "routellm_gsm8k": 600}
-STRONG, WEAK = "gpt-4-1106-preview", "mixtral-8x7b-instruct-v0.1"
 THRESHOLD = 0.5
 PUBLISHED = {
     "routellm_mmlu": {"apgr": 0.603, "cpt50": 0.3540, "cpt80": 0.7031},
@@ -51,72 +40,12 @@ PUBLISHED = {
 validation labels or judge labels; ours on 1,500 or 600 labels of the same benchmark. The difference is in the data."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A benchmark: all its requests with full outcomes, what answers really cost, and how to split."""
-
-    data: Dataset
-    cost_usd: Array | None
-    split: Callable[[int], tuple[IntArray, IntArray]]
-    logging: str = "full"
-
-
-def load_problem(name: str, folder: Path) -> Problem:
-    """One of the published data sets under its protocol."""
-    base = "mmlu_pro" if name.startswith("mmlu_pro") else name
-    catalog = Catalog.load(folder / "catalog.json")
-    file = folder / f"{base}.parquet"
-    matrix = read_matrix(file, catalog)
-    catalog = catalog.subset(list(matrix.models))
-    frame = pl.read_parquet(file)[matrix.rows - 1]
-    keep = ~np.isnan(matrix.quality).any(axis=1)
-    if "contaminated" in frame.columns:
-        keep &= ~frame["contaminated"].to_numpy()
-    rows = np.flatnonzero(keep)
-    if "question_id" in frame.columns:
-        rows = rows[np.argsort(frame["question_id"].to_numpy()[rows], kind="stable")]
-    preamble = PREAMBLE_TOKENS if base == "mmlu_pro" else 0
-    return _problem(
-        catalog, matrix.prompts, matrix.quality, matrix.output_tokens, matrix.cost_usd, rows, preamble,
-        lambda n, seed: _permuted(n, seed, TRAIN_ROWS[base]),
-        {"mmlu_pro_uniform": "uniform", "mmlu_pro_mostly_best": "mostly-best"}.get(name, "full"),
-    )  # fmt: skip
-
-
-def load_own(file: Path, catalog_file: Path, train_split: str | None) -> Problem:
-    """An outcome matrix of the user's own; without a named split, a random 60 % of its rows train."""
-    catalog = Catalog.load(catalog_file)
-    matrix = read_matrix(file, catalog)
-    catalog = catalog.subset(list(matrix.models))
-    rows = np.flatnonzero(~np.isnan(matrix.quality).any(axis=1))
-    if len(rows) < 50:
-        raise click.ClickException(f"{file} has {len(rows)} rows with every model's outcome; at least 50 are needed")
-
-    def split(n: int, seed: int) -> tuple[IntArray, IntArray]:
-        if train_split is None:
-            return _permuted(n, seed, int(0.6 * n))
-        if matrix.split is None:
-            raise click.ClickException(f"{file} has no column 'split': leave --train-split out, or add the column")
-        of_row = matrix.split[rows] == train_split
-        train, test = np.flatnonzero(of_row), np.flatnonzero(~of_row)
-        if not len(train) or not len(test):
-            raise click.ClickException(
-                f"--train-split {train_split!r} leaves {len(train)} rows to train, {len(test)} to test"
-            )
-        return np.random.default_rng(seed).permutation(train), test
-
-    return _problem(
-        catalog, matrix.prompts, matrix.quality, matrix.output_tokens, matrix.cost_usd, rows, 0, split, "full"
-    )
-
-
 def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, dict[str, Any]]:
     """All rows of the table for one seed."""
     train_rows, test_rows = problem.split(seed)
     full, test = problem.data.take(train_rows), problem.data.take(test_rows)
-    train = _logged(full, problem.logging, seed)
-    cost = None if problem.cost_usd is None else problem.cost_usd[test_rows]
-    judge = _Judge(test, cost)
+    train = logged(full, problem.logging, seed)
+    judge = judge_of(problem, test_rows)
     out: dict[str, dict[str, Any]] = {}
 
     def router(data: Dataset) -> tuple[Array, Array]:
@@ -126,10 +55,14 @@ def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, dict[s
 
     p_ok, expected = router(train)
     out["router"] = judge.of(p_ok, expected)
+    cost = judge.cost
+    if cost is not None and not np.isnan(train.output_tokens).all():
+        out["router"]["cost_error"] = cost_error(expected, cost)
+        out["router"]["cost_error_of_means"] = cost_error(_mean_costs(train, test), cost)
     if cost is not None:
         out["router_min_probability"] = judge.of(p_ok, expected, by="probability")
     embedder = make_encoder(encoder, _words(train), seed=seed) if isinstance(encoder, str) else encoder
-    x, x_test = _embed(embedder, _words(train)), _embed(embedder, _words(test))
+    x, x_test = embed(embedder, train), embed(embedder, test)
     for name, p in baselines(x, train.labels(THRESHOLD), x_test, seed=seed):
         out[name] = judge.of(p, expected)  # the router's own cost estimate: only the probabilities differ
     order = np.random.default_rng([seed, 1]).permutation(len(train))
@@ -144,7 +77,23 @@ def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, dict[s
     return out
 
 
-class _Judge:
+def cost_error(expected: Array, cost: Array) -> float:
+    """Mean absolute error of expected costs [n, m] per model, as a share of the model's mean cost; mean over models."""
+    return float((np.abs(expected - cost).mean(axis=0) / cost.mean(axis=0)).mean())
+
+
+def _mean_costs(train: Dataset, test: Dataset) -> Array:
+    """What requests cost if each model always answered at its mean length: the estimate to beat."""
+    output = np.nanmean(train.output_tokens.astype(float), axis=0)
+    return test.input_tokens[:, None] * test.catalog.input_price.astype(float) + output * test.catalog.output_price
+
+
+def judge_of(problem: Problem, rows: IntArray) -> Judge:
+    """A judge of what is decided on these requests of a problem."""
+    return Judge(problem.data.take(rows), None if problem.cost_usd is None else problem.cost_usd[rows])
+
+
+class Judge:
     """Measures rows of the table on the test requests."""
 
     def __init__(self, test: Dataset, cost: Array | None) -> None:
@@ -153,6 +102,7 @@ class _Judge:
         self.pair = [test.catalog.index[model] for model in (STRONG, WEAK)] if cost is None else []
 
     def of(self, p_ok: Array, expected: Array, *, by: str = "value") -> dict[str, Any]:
+        """What probabilities and expected costs [n, m] come to, under one of the two dials."""
         found: dict[str, Any] = dict(scores(p_ok, self.labels))
         if self.cost is not None:
             return found | self._money(frontier(p_ok, expected, self.cost, self.quality, by=by))
@@ -189,79 +139,13 @@ class _Judge:
         return {"cost_at": cost_at(front), "aiq_log": aiq_log(front)}
 
 
-def _problem(
-    catalog: Catalog, prompts: list[str], quality: Array, output_tokens: Array, cost_usd: Array | None,
-    rows: IntArray, preamble: int, split: Callable[[int, int], tuple[IntArray, IntArray]], logging: str,
-) -> Problem:  # fmt: skip
-    texts = [prompts[i] for i in rows]
-    input_tokens = np.array([len(t) / CHARS_PER_TOKEN + preamble for t in texts])
-    tokens = output_tokens[rows]
-    if cost_usd is not None:
-        cost: Array | None = cost_usd[rows]
-    elif np.isnan(tokens).any():
-        cost = None
-    else:
-        cost = input_tokens[:, None] * catalog.input_price.astype(float) + tokens * catalog.output_price.astype(float)
-    if cost is None and set(catalog.ids) != {STRONG, WEAK}:
-        raise click.ClickException(
-            "give cost_usd/<model>, output_tokens/<model> or output_chars/<model> for every model"
-        )
-    n = len(rows)
-    data = Dataset(
-        catalog, [str(i) for i in rows], [request_of(prompt=t) for t in texts], quality[rows], tokens,
-        input_tokens.astype(np.float32), np.ones_like(quality[rows]), np.arange(n),
-    )  # fmt: skip
-    return Problem(data, cost, lambda seed: split(n, seed), logging)
-
-
-def _permuted(n: int, seed: int, train: int) -> tuple[IntArray, IntArray]:
-    order = np.random.default_rng(seed).permutation(n)
-    return order[:train], order[train:]
-
-
-def _logged(data: Dataset, logging: str, seed: int) -> Dataset:
-    """What a log under this policy would know of the training requests."""
-    if logging == "full":
-        return data
-    propensity = logging_propensities(data.quality, logging)  # type: ignore[arg-type]
-    drawn = draw_models(propensity, np.random.default_rng([seed, 2]))
-    seen = np.zeros(data.quality.shape, dtype=bool)
-    seen[np.arange(len(data)), drawn] = True
-    hide = np.where(seen, np.float32(1.0), np.float32("nan"))
-    return replace(
-        data,
-        quality=data.quality * hide,
-        output_tokens=data.output_tokens * hide,
-        propensity=propensity.astype(np.float32) * hide,
-    )
-
-
 def _words(data: Dataset) -> list[list[str]]:
     return [words(request_text(r)) for r in data.requests]
 
 
-def _embed(encoder: Encoder, text_words: list[list[str]]) -> Array:
-    return np.stack([encoder.embed(encoder.token_ids(w)) for w in text_words])
-
-
-def summarise(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds with `…_sd` beside each, nested as one run is."""
-
-    def merge(values: list[Any]) -> Any:
-        if not isinstance(values[0], dict):
-            return values
-        return {key: merge([v[key] for v in values]) for key in values[0]}
-
-    def reduce(node: Any) -> Any:
-        out: dict[str, Any] = {}
-        for key, value in node.items():
-            if isinstance(value, dict):
-                out[key] = reduce(value)
-            else:
-                out[key], out[f"{key}_sd"] = float(np.mean(value)), float(np.std(value))
-        return out
-
-    return reduce(merge(runs))
+def embed(encoder: Encoder, data: Dataset) -> Array:
+    """The embedding of every request, float32 [n, d]."""
+    return np.stack([encoder.embed(encoder.token_ids(w)) for w in _words(data)])
 
 
 def show(console: Console, name: str, summary: dict[str, Any]) -> None:
@@ -288,29 +172,6 @@ def show(console: Console, name: str, summary: dict[str, Any]) -> None:
             cells.append("" if value is None else f"{value:.3f}" + (f" ±{sd:.3f}" if sd is not None else ""))
         table.add_row(row, *cells)
     console.print(table)
-
-
-def open_console(width: int = 170) -> Console:
-    """The terminal; where there is none, a file of `width` columns, which has room for the table."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=width)
-
-
-def check_source(data: Path, matrix: Path | None, catalog: Path | None) -> None:
-    """Raises ClickException unless there is either published data or a matrix with its catalogue."""
-    if (matrix is None) != (catalog is None):
-        raise click.ClickException("--matrix and --catalog go together")
-    if matrix is None and not (data / "catalog.json").is_file():
-        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --matrix FILE --catalog FILE")
-
-
-def write_results(console: Console, path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, aside and renamed, and says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(results, indent=1) + "\n")
-    aside.replace(path)
-    console.print(f"written to {path}")
 
 
 @click.command(help=__doc__)

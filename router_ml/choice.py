@@ -185,10 +185,10 @@ def choose(
             after = ", escalation included" if escalation_rate > 0.0 else ""
             reason = f"cheapest candidate with probability at least {min_probability:g}{after}"
     else:
-        reason = f"no candidate reaches {min_probability:g}: the most probable"
+        reason = f"no candidate's claim reaches {min_probability:g}: the most probable"
         if (unmet == "default" or not known) and default is not None and eligible[default]:
             greedy = at.index(default)
-            reason = f"no candidate reaches {min_probability:g}: the configured default"
+            reason = f"no candidate's claim reaches {min_probability:g}: the configured default"
         elif not known:
             greedy = min(range(size), key=cost.__getitem__)
             reason = "no estimate for any candidate and no default that is allowed: the cheapest"

@@ -25,6 +25,6 @@ def kind(reason: str) -> str:
     for start, name in _KINDS.items():
         if reason.startswith(start):
             return name
-    if reason.startswith("no candidate reaches"):
+    if reason.startswith("no candidate's claim reaches"):
         return "default" if reason.endswith("default") else "most_probable"
     return "other"

@@ -19,6 +19,7 @@ from benchmarks.calibration import DIALS
 from benchmarks.calibration import main as calibration_main
 from benchmarks.cold_start import main as cold_start_main
 from benchmarks.latency import main as latency_main
+from benchmarks.learning_curve import main as learning_curve_main
 from benchmarks.quality import main as quality_main
 from router_ml.catalog import Catalog
 
@@ -95,6 +96,27 @@ def test_every_row_has_its_measures_and_their_spread(quality: tuple[dict[str, An
             assert {f"{m}{sd}" for m in ("auc", "brier", "log_loss", "ece") for sd in ("", "_sd")} <= set(values)
         assert row in said
     assert found["custom"]["router"]["auc_sd"] > 0, "two seeds split differently"
+
+
+def test_the_router_foretells_costs_better_than_means_do(quality: tuple[dict[str, Any], str]) -> None:
+    router = quality[0]["custom"]["router"]
+    assert (
+        0 < router["cost_error"] < 0.7 * router["cost_error_of_means"]
+    )  # the hard prompts' answers are eight times as long
+
+
+def test_more_data_decides_better(matrix: Path) -> None:
+    out, plot = matrix.with_name("curve.json"), matrix.with_name("curve.png")
+    done = invoked(
+        learning_curve_main, "--matrix", matrix, "--catalog", matrix.with_name("catalog.json"), "--seeds", "1",
+        "--encoder", "static", "--json", out, "--plot", plot,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())["full"]
+    assert list(found) == ["60", "120", "240"]
+    assert all(set(rows) == {"router", "knn_100"} for rows in found.values())
+    assert found["240"]["router"]["brier"] < found["60"]["router"]["brier"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_rows_are_ordered_as_they_have_to_be(quality: tuple[dict[str, Any], str]) -> None:

@@ -202,4 +202,4 @@ def test_the_dial_is_held_against_the_claim(sparse_bundle: Path) -> None:
     assert best.p_ok > between, "its probability would do"
     unmet = router.decide(request_of(prompt=prompt, min_probability=between))
     assert not unmet.meets_threshold and unmet.model == "mid"
-    assert unmet.reason == f"no candidate reaches {between:g}: the configured default"
+    assert unmet.reason == f"no candidate's claim reaches {between:g}: the configured default"

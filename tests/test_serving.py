@@ -165,7 +165,7 @@ def test_where_no_candidate_meets_the_dial_the_answer_says_so(tiny_bundle: Path,
     with running(tiny_bundle, tmp_path / "store.db", policy=policy) as other:
         default = ask(other, prompt=HARD, min_probability=1.0)
         assert default["model"] == "hosted" and not default["meets_threshold"]
-        assert default["reason"] == "no candidate reaches 1: the configured default"
+        assert default["reason"] == "no candidate's claim reaches 1: the configured default"
         assert ask(other, prompt=EASY)["meets_threshold"]
         spend = ask(other, prompt=HARD, tier="spend")
         assert spend["p_ok"] == max(c["p_ok"] for c in spend["candidates"]) and not spend["meets_threshold"]
