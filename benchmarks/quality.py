@@ -62,6 +62,7 @@ def run(problem: Problem, seed: int, encoder: Encoder | str) -> dict[str, dict[s
     if cost is not None:
         out["router_min_probability"] = judge.of(p_ok, expected, by="probability")
     embedder = make_encoder(encoder, _words(train), seed=seed) if isinstance(encoder, str) else encoder
+    embedder = embedder.adapted([embedder.token_ids(w) for w in _words(train)])
     x, x_test = embed(embedder, train), embed(embedder, test)
     for name, p in baselines(x, train.labels(THRESHOLD), x_test, seed=seed):
         out[name] = judge.of(p, expected)  # the router's own cost estimate: only the probabilities differ

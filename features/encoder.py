@@ -8,6 +8,7 @@ up whole and only unknown ones are cut into pieces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -45,6 +46,10 @@ class StaticEncoder:
         """Length of an embedding."""
         return int(self.table.shape[1])
 
+    def adapted(self, texts: Sequence[npt.NDArray[np.int64]]) -> StaticEncoder:
+        """Itself: the table is the same for every log."""
+        return self
+
     def token_ids(self, words: list[str]) -> npt.NDArray[np.int64]:
         """Row numbers of the table for the words of a text, in order, int64; uncovered words are left out."""
         return np.fromiter(chain.from_iterable(map(self._ids.__getitem__, words)), dtype=np.int64)
@@ -62,6 +67,7 @@ class Encoder(Protocol):
     """A text, given as words, to token ids and from these to an embedding: the static table or a transformer.
 
     `id` names it, `tokens` are its vocabulary in the order of the ids, `pieces` says whether unknown words are cut.
+    `adapted` makes the encoder for a log from the token ids of its texts.
     """
 
     @property
@@ -72,6 +78,7 @@ class Encoder(Protocol):
     def pieces(self) -> bool: ...  # noqa: D102
     @property
     def dim(self) -> int: ...  # noqa: D102
+    def adapted(self, texts: Sequence[npt.NDArray[np.int64]]) -> Encoder: ...  # noqa: D102
     def token_ids(self, words: list[str]) -> npt.NDArray[np.int64]: ...  # noqa: D102
     def embed(self, ids: npt.NDArray[np.int64]) -> FloatArray: ...  # noqa: D102
 

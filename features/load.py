@@ -14,7 +14,7 @@ from features.featurizer import CandidateFeaturizer, RequestFeaturizer
 from features.lexicon import Lexicon
 from features.neighbours import Neighbours, from_bytes, to_bytes
 from features.outcomes import from_arrays, to_arrays
-from features.transformer import TransformerEncoder
+from features.transformer import Bert, TransformerEncoder
 from router_ml.bundle import MANIFEST, Bundle, pack_arrays, read_bundle, read_later, write_bundle
 from router_ml.costs import Reliability
 from router_ml.errors import BundleError, InputError
@@ -133,16 +133,18 @@ def load_neighbours(path: str | Path, version: str) -> Neighbours | None:
 
 def _encoder_files(encoder: Encoder) -> dict[str, bytes]:
     if isinstance(encoder, TransformerEncoder):
-        return {TRANSFORMER: encoder.weights, TRANSFORMER_CONFIG: encoder.config}
+        standard = pack_arrays({"center": encoder.center, "scale": encoder.scale})
+        return {ENCODER: standard, TRANSFORMER: encoder.bert.weights, TRANSFORMER_CONFIG: encoder.bert.config}
     assert isinstance(encoder, StaticEncoder)
     return {ENCODER: pack_arrays({"table": encoder.table.astype(np.float16)})}
 
 
 def _encoder(bundle: Bundle) -> Encoder:
-    spec, tokens = bundle.manifest["encoder"], tuple(bundle.json(TOKENS))
+    spec, tokens, arrays = bundle.manifest["encoder"], tuple(bundle.json(TOKENS)), bundle.arrays(ENCODER)
     if spec["kind"] == "transformer":
-        return TransformerEncoder(spec["id"], tokens, bundle.file(TRANSFORMER_CONFIG), bundle.file(TRANSFORMER))
-    table = np.ascontiguousarray(bundle.arrays(ENCODER)["table"], dtype=np.float32)
+        bert = Bert(bundle.file(TRANSFORMER_CONFIG), bundle.file(TRANSFORMER))
+        return TransformerEncoder(spec["id"], tokens, bert, arrays["center"], arrays["scale"])
+    table = np.ascontiguousarray(arrays["table"], dtype=np.float32)
     return StaticEncoder(spec["id"], tokens, table, bool(spec["pieces"]))
 
 

@@ -1,18 +1,20 @@
 """The transformer encoder: a sentence transformer of the BERT family, run by torch. Better than the table, and slow.
 
 An embedding takes milliseconds where the static table takes microseconds, so it is a choice (docs/benchmarks.md says
-what it buys). The mean of the last layer's vectors, scaled to length 1, is what all-MiniLM-L6-v2 was trained for
-(Reimers & Gurevych 2019, arXiv 1908.10084). One text at a time: in a batch the last bits would depend on the company,
-and a live request would not get the row that training gave it.
+what it buys). Three layers are read, not the last alone: it was trained to tell meanings apart, and how hard a request
+is stands in those before it, too (Tenney et al. 2019, arXiv 1905.05950, on what the layers of BERT hold). One text at a
+time: in a batch the last bits would depend on the company, and a live request would not get the row that training gave
+it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import chain
 from typing import Any
@@ -26,71 +28,120 @@ from router_ml.types import FloatArray
 
 MAX_TOKENS = 254
 """Tokens that are read, as many as all-MiniLM-L6-v2 was trained with, less its two marks at the ends."""
-_REMEMBERED = 1 << 16
+_REMEMBERED = 1 << 15
 
 
-@dataclass(frozen=True)
+class Bert:
+    """A BERT model by its own files, `config` (config.json) and `weights` (safetensors), and what it said of late.
+
+    Raises BundleError when torch or transformers is not installed, or when the files are not those of a BERT model.
+    """
+
+    def __init__(self, config: bytes, weights: bytes) -> None:
+        self.config, self.weights = config, weights
+        self._model = _model(config, weights)
+        depth = int(self._model.config.num_hidden_layers)
+        self.read = tuple(sorted({max(depth * i // 3, 1) for i in (1, 2, 3)}))
+        """Numbers of the layers that are read, from 1: a third of the way up, two thirds, and the last."""
+        self._said: dict[bytes, FloatArray] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers that are read, and the length of their vectors."""
+        return len(self.read), int(self._model.config.hidden_size)
+
+    def layers(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
+        """The mean vector of each layer that is read, float32 [k, d]; tokens with the marks at both ends."""
+        key = tokens.tobytes()
+        said = self._said.get(key)
+        if said is None:
+            said = self._run(tokens)
+            with self._lock:
+                while len(self._said) >= _REMEMBERED:
+                    del self._said[next(iter(self._said))]
+                self._said[key] = said
+        return said
+
+    def _run(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
+        import torch
+
+        ids = torch.from_numpy(tokens)[None]
+        with one_torch_thread(), torch.inference_mode():
+            states = self._model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+            ).hidden_states
+            means: FloatArray = torch.stack([states[i][0].mean(dim=0) for i in self.read]).numpy()
+        return means
+
+
+@dataclass(frozen=True, eq=False)
 class TransformerEncoder:
-    """A BERT model by its files: `tokens` is its vocabulary in order, `config` its config.json, `weights` safetensors.
+    """Words to the layers of `bert`, each standardised and scaled to length 1; `tokens` is its vocabulary in order.
 
-    `id` names the weights: two encoders with the same id give the same vectors. Raises BundleError when torch or
-    transformers is not installed, or when the files are not those of a BERT model.
+    `center` and `scale` [k, d] standardise (`adapted` takes them from a log's own texts): in most layers all texts
+    point the same way, and what tells them apart is small beside it. `id` names the weights and the standardisation:
+    two encoders with the same id give the same vectors. Raises BundleError for a vocabulary that is not BERT's.
     """
 
     id: str
     tokens: tuple[str, ...]
-    config: bytes = field(repr=False)
-    weights: bytes = field(repr=False)
+    bert: Bert
+    center: FloatArray
+    scale: FloatArray
     pieces: bool = field(default=True, init=False)
-    _ids: WordIds = field(init=False, repr=False, compare=False)
-    _model: Any = field(init=False, repr=False, compare=False)
-    _ends: tuple[int, int] = field(init=False, repr=False, compare=False)
-    _seen: dict[bytes, FloatArray] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _one_at_a_time: threading.Lock = field(init=False, repr=False, compare=False, default_factory=threading.Lock)
+    _ids: WordIds = field(init=False, repr=False)
+    _ends: tuple[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
             ends, unknown = (self.tokens.index("[CLS]"), self.tokens.index("[SEP]")), self.tokens.index("[UNK]")
         except ValueError as error:
             raise BundleError(f"encoder {self.id!r}: its vocabulary lacks a mark of BERT's ({error})") from None
+        if self.center.shape != self.bert.shape or self.scale.shape != self.bert.shape:
+            raise BundleError(
+                f"encoder {self.id!r}: its standardisation has another shape than its layers: train again"
+            )
         object.__setattr__(self, "_ends", ends)
         object.__setattr__(self, "_ids", WordIds(self.tokens, True, (unknown,)))
-        object.__setattr__(self, "_model", _bert(self.id, self.config, self.weights))
+
+    @classmethod
+    def plain(cls, name: str, tokens: tuple[str, ...], bert: Bert) -> TransformerEncoder:
+        """The encoder before it has seen a log."""
+        return cls(name, tokens, bert, np.zeros(bert.shape, np.float32), np.ones(bert.shape, np.float32))
 
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return int(self._model.config.hidden_size)
+        return self.center.size
+
+    def adapted(self, texts: Sequence[npt.NDArray[np.int64]]) -> TransformerEncoder:
+        """The same model, standardised by texts given as token ids."""
+        seen = [self.bert.layers(self._marked(ids)) for ids in texts if len(ids)]
+        if len(seen) < 2:
+            return self
+        all_layers = np.stack(seen).astype(np.float64)
+        center, spread = all_layers.mean(axis=0).astype(np.float32), all_layers.std(axis=0)
+        scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-6).astype(np.float32)
+        digest = hashlib.sha256(center.tobytes() + scale.tobytes()).hexdigest()[:8]
+        return replace(self, id=f"{self.id.partition('+')[0]}+{digest}", center=center, scale=scale)
 
     def token_ids(self, words: list[str]) -> npt.NDArray[np.int64]:
         """The model's own token ids for the words of a text, in order, int64; an uncovered word is [UNK]."""
         return np.fromiter(chain.from_iterable(map(self._ids.__getitem__, words)), dtype=np.int64)
 
     def embed(self, ids: npt.NDArray[np.int64]) -> FloatArray:
-        """The embedding of a text given as token ids, of length 1; float32 [d]. The last 65,536 are remembered."""
+        """The embedding of a text given as token ids, of length 1; float32 [k * d]. One seen of late costs little."""
         if not len(ids):
             return np.zeros(self.dim, dtype=np.float32)
-        key = ids[:MAX_TOKENS].tobytes()
-        found = self._seen.get(key)
-        if found is None:
-            found = self._embed(ids[:MAX_TOKENS])
-            with self._one_at_a_time:
-                while len(self._seen) >= _REMEMBERED:
-                    del self._seen[next(iter(self._seen))]
-                self._seen[key] = found
-        return found
+        layers = (self.bert.layers(self._marked(ids)) - self.center) * self.scale
+        lengths = np.sqrt(np.square(layers).sum(axis=1, keepdims=True) * np.float32(len(layers)))
+        embedding: FloatArray = (layers / np.maximum(lengths, np.float32(1e-12))).ravel()
+        return embedding
 
-    def _embed(self, ids: npt.NDArray[np.int64]) -> FloatArray:
-        import torch
-
+    def _marked(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         first, last = self._ends
-        tokens = torch.from_numpy(np.concatenate([[first], ids, [last]]))[None]
-        with one_torch_thread(), torch.inference_mode():
-            mean = (
-                self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].mean(dim=0)
-            )
-            vector: FloatArray = (mean / mean.norm().clamp(min=1e-12)).numpy()
-        return vector
+        return np.concatenate([[first], ids[:MAX_TOKENS], [last]])
 
 
 @contextmanager
@@ -109,23 +160,21 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _bert(name: str, config: bytes, weights: bytes) -> Any:
+def _model(config: bytes, weights: bytes) -> Any:
     try:
         from safetensors.torch import load
 
         transformers: Any = import_module("transformers")
     except ImportError as error:
         raise BundleError(
-            f"encoder {name!r} needs torch and transformers ({error}): pip install 'router-ml[transformer]', "
+            f"a transformer encoder needs torch and transformers ({error}): pip install 'router-ml[transformer]', "
             "or train with '--encoder static'"
         ) from None
     stated = json.loads(config)
     if stated.get("model_type") != "bert":
-        raise BundleError(
-            f"encoder {name!r} is a {stated.get('model_type')!r} model: only those of type 'bert' are read"
-        )
+        raise BundleError(f"the encoder is a {stated.get('model_type')!r} model: only those of type 'bert' are read")
     model = transformers.BertModel(transformers.BertConfig(**stated), add_pooling_layer=False)
     missing = model.load_state_dict(load(weights), strict=False).missing_keys
     if missing:
-        raise BundleError(f"encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} others")
+        raise BundleError(f"the encoder's weights lack {missing[0]} and {len(missing) - 1} others")
     return model.eval()

@@ -14,7 +14,7 @@ from features.encoder import Encoder
 from features.featurizer import CandidateFeaturizer
 from features.load import TRANSFORMER, load_estimator, load_router, save_router
 from features.text import words
-from features.transformer import MAX_TOKENS, TransformerEncoder, one_torch_thread
+from features.transformer import MAX_TOKENS, Bert, TransformerEncoder, one_torch_thread
 from router_ml.bundle import read_bundle
 from router_ml.catalog import Catalog
 from router_ml.conversation import request_of
@@ -62,16 +62,30 @@ def test_the_vectors_are_those_of_sentence_transformers(encoder: TransformerEnco
     theirs.max_seq_length = MAX_TOKENS + 2
     with one_torch_thread():
         wanted = theirs.encode(TEXTS, batch_size=1, normalize_embeddings=True)
-    ours = np.stack([encoder.embed(encoder.token_ids(words(text))) for text in TEXTS])
-    assert ours.shape == (len(TEXTS), encoder.dim) and ours.dtype == np.float32
-    assert np.abs(ours - wanted).max() < 2e-6
+    last = np.stack([encoder.bert.layers(encoder._marked(encoder.token_ids(words(text))))[-1] for text in TEXTS])
+    assert np.abs(last / np.linalg.norm(last, axis=1, keepdims=True) - wanted).max() < 2e-6
+    assert encoder.bert.read == (2, 4, 6)
+
+
+def test_every_layer_counts_the_same_after_it_was_standardised(encoder: TransformerEncoder, data: Dataset) -> None:
+    ids = [encoder.token_ids(words(request.messages[0].text)) for request in data.requests]
+    adapted = encoder.adapted(ids)
+    assert adapted.id != encoder.id == adapted.adapted([]).id.partition("+")[0]
+    assert adapted.adapted(ids).id == adapted.id
+    vectors = np.stack([adapted.embed(i) for i in ids])
+    assert vectors.shape == (len(ids), adapted.dim) == (len(ids), 3 * 384) and vectors.dtype == np.float32
+    for layer in np.split(vectors, 3, axis=1):
+        assert np.allclose(np.linalg.norm(layer, axis=1), 3**-0.5, atol=1e-5)
+    plain = np.stack([encoder.embed(i) for i in ids])
+    assert np.linalg.norm(vectors.mean(axis=0)) < 0.6 * np.linalg.norm(plain.mean(axis=0))
 
 
 def test_a_text_without_words_is_zero_and_a_repeated_one_is_remembered(encoder: TransformerEncoder) -> None:
     assert not encoder.embed(np.empty(0, dtype=np.int64)).any()
     ids = encoder.token_ids(words("Where is my parcel?"))
-    assert encoder.embed(ids) is encoder.embed(ids.copy())
-    assert encoder.embed(ids) is not encoder.embed(ids[:-1])
+    marked = encoder._marked(ids)
+    assert encoder.bert.layers(marked) is encoder.bert.layers(marked.copy())
+    assert encoder.bert.layers(marked) is not encoder.bert.layers(marked[:-1])
 
 
 def test_a_live_request_gets_its_training_row_bit_for_bit(fitted: Fit, data: Dataset, bundle: Path) -> None:
@@ -88,12 +102,8 @@ def test_the_bundle_routes_by_itself(bundle: Path, fitted: Fit, data: Dataset) -
     router = load_router(bundle)
     assert isinstance(router.estimator, LearnedEstimator)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["encoder"] == {
-        "id": f"bert-{MINILM_SHA256[:12]}",
-        "kind": "transformer",
-        "pieces": True,
-        "dim": 384,
-    }
+    assert manifest["encoder"].pop("id").startswith(f"bert-{MINILM_SHA256[:12]}+")
+    assert manifest["encoder"] == {"kind": "transformer", "pieces": True, "dim": 1152}
     for request in data.requests[:5]:
         assert np.array_equal(router.estimator.estimate(request).p_ok, fitted.estimator.estimate(request).p_ok)
     hard, easy = (
@@ -116,13 +126,16 @@ def test_altered_weights_are_refused_by_name(bundle: Path, tmp_path: Path) -> No
 
 
 def test_what_is_not_a_bert_model_is_refused(encoder: TransformerEncoder, tmp_path: Path) -> None:
+    bert = encoder.bert
     with pytest.raises(BundleError, match="'t5' model"):
-        TransformerEncoder("x", encoder.tokens, b'{"model_type": "t5"}', encoder.weights)
-    with pytest.raises(BundleError, match="lacks a mark of BERT's"):
-        TransformerEncoder("x", ("a", "b"), encoder.config, encoder.weights)
-    other = json.dumps({**json.loads(encoder.config), "num_hidden_layers": 7}).encode()
+        Bert(b'{"model_type": "t5"}', bert.weights)
+    other = json.dumps({**json.loads(bert.config), "num_hidden_layers": 7}).encode()
     with pytest.raises(BundleError, match=r"weights lack encoder\.layer\.6"):
-        TransformerEncoder("x", encoder.tokens, other, encoder.weights)
+        Bert(other, bert.weights)
+    with pytest.raises(BundleError, match="lacks a mark of BERT's"):
+        TransformerEncoder.plain("x", ("a", "b"), bert)
+    with pytest.raises(BundleError, match="another shape"):
+        TransformerEncoder("x", encoder.tokens, bert, encoder.center[:2], encoder.scale)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="not the folder of a sentence transformer"):
         make_encoder("transformer", [], model=str(tmp_path))

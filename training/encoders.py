@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from features.encoder import Encoder, StaticEncoder
-from features.transformer import TransformerEncoder, one_torch_thread
+from features.transformer import Bert, TransformerEncoder, one_torch_thread
 from router_ml.bundle import pack_arrays, unpack_arrays
 from router_ml.errors import InputError
 
@@ -100,7 +100,7 @@ def transformer_encoder(model: str | None = None) -> TransformerEncoder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not the folder of a sentence transformer ({error}). {_WAYS_OUT}") from None
     name = f"bert-{hashlib.sha256(weights).hexdigest()[:12]}"
-    return TransformerEncoder(name, tuple(sorted(vocabulary, key=vocabulary.__getitem__)), config, weights)
+    return TransformerEncoder.plain(name, tuple(sorted(vocabulary, key=vocabulary.__getitem__)), Bert(config, weights))
 
 
 def lexical_encoder(texts_words: Sequence[list[str]], *, dim: int = DIM, seed: int = 0) -> StaticEncoder:

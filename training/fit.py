@@ -33,6 +33,7 @@ FOLDS = 5
 ROUNDS = 80
 _ONE_THREAD_BELOW = 50_000
 """Rows below which LightGBM's threads cost more than they save: on a busy machine each round waits for the slowest."""
+_ADAPTED_BY = 4096
 DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
 BOOSTER_PARAMS: dict[str, Any] = {
@@ -111,6 +112,8 @@ def _fit(
     say("encoder and vocabulary", 0.0)
     if isinstance(encoder, str):
         encoder = make_encoder(encoder, text_words, model=encoder_model, seed=seed)
+    sample = np.random.default_rng(seed).permutation(len(data))[:_ADAPTED_BY]
+    encoder = encoder.adapted([encoder.token_ids(text_words[i]) for i in sample])
     requests, kernel, lexical = fit_request_featurizer(data.requests, texts, text_words, encoder, seed)
     say("encoder and vocabulary", 1.0)
     features = [requests.transform(r) for r in _tick(data.requests, "features", say)]
