@@ -140,7 +140,7 @@ def run(problem: Problem, seed: int, encoder: Encoder | str, say: Any = lambda t
         named = named if named.sibling in rest else replace(named, sibling=None)
         for k in (k for k in OUTCOMES if k <= len(train)):
             outcomes = own.take(drawn[:k]) if k else None
-            said, p, expected = _estimates(onboard(base, named, outcomes, threshold=THRESHOLD), requests)
+            said, p, expected = _estimates(onboard(base, named, outcomes), requests)
             p, expected = p[:, back], expected[:, back]
             row: dict[str, Any] = _lost(best, judge.of(p, expected, every)) | judge.claims(said, -1, j)
             guess = float(base.featurizer.success @ prior_mix(rest, named))  # type: ignore[attr-defined]

@@ -72,11 +72,11 @@ def onboard_bundle(
     """
     check_replaceable(Path(out))
     made = read_bundle(bundle)
-    catalog, threshold = made.catalog, float(made.manifest["quality_threshold"])
+    catalog = made.catalog
     card = _named(card, sibling, catalog)
     frame = None if logs is None else logs if isinstance(logs, pl.DataFrame) else read_log(logs)
     outcomes = None if frame is None else outcomes_of(frame, card)
-    estimator, mix, shift = _onboard(load_estimator(made), card, outcomes, threshold)
+    estimator, mix, shift = _onboard(load_estimator(made), card, outcomes)
     prior = prior_mix(catalog, card)
     calls = _calls(made.manifest.get("reliability"), frame, card, prior)
     known = 0 if outcomes is None else int(outcomes.observed.sum())
@@ -116,18 +116,15 @@ def onboard(
     card: ModelCard,
     outcomes: Dataset | None = None,
     sibling: str | None = None,
-    *,
-    threshold: float = 0.5,
 ) -> LearnedEstimator:
     """The learner with one more model, in last place; what it says of the others does not change.
 
-    `outcomes` is a data set with the new model as its only column ([n, 1]); `threshold` is the quality that the learner
-    was trained for. Without outcomes the model is expected to be like its sibling (`sibling`, else the card's own), and
-    without a sibling like the models of its tier. Raises InputError for a model that is there already and for a
-    sibling that is not.
+    `outcomes` is a data set with the new model as its only column ([n, 1]). Without outcomes the model is expected to
+    be like its sibling (`sibling`, else the card's own), and without a sibling like the models of its tier. Raises
+    InputError for a model that is there already and for a sibling that is not.
     """
     assert isinstance(estimator.featurizer, CandidateFeaturizer)
-    return _onboard(estimator, _named(card, sibling, estimator.featurizer.catalog), outcomes, threshold)[0]
+    return _onboard(estimator, _named(card, sibling, estimator.featurizer.catalog), outcomes)[0]
 
 
 def prior_mix(catalog: Catalog, card: ModelCard) -> Array:
@@ -174,7 +171,7 @@ def _named(card: ModelCard, sibling: str | None, catalog: Catalog) -> ModelCard:
 
 
 def _onboard(
-    estimator: LearnedEstimator, card: ModelCard, outcomes: Dataset | None, threshold: float
+    estimator: LearnedEstimator, card: ModelCard, outcomes: Dataset | None
 ) -> tuple[LearnedEstimator, Array, float]:
     with threadpool_limits(limits=1, user_api="blas"):
         path = estimator.featurizer
@@ -190,7 +187,8 @@ def _onboard(
         requests = [path.requests.transform(r) for r in outcomes.requests]
         seen = [path.rows(x) for x in requests]
         parts = np.stack([x.parts for x in seen]).mean(axis=1, dtype=np.float64)
-        label = outcomes.labels(threshold)[:, 0].astype(np.float64)
+        labels = np.stack([outcomes.labels(at)[:, 0] for at in thresholds]).astype(np.float64)
+        label: Array = labels.mean(axis=0)  # of several thresholds the heads have learnt the mean
         expected = np.log(np.stack([x.output_tokens for x in seen])) @ prior
         factor = _length_factor(expected, outcomes.output_tokens[:, 0])
 
@@ -206,7 +204,6 @@ def _onboard(
             score[held] = _scores(estimator, wider_by(~held)[0], [requests[i] for i in np.flatnonzero(held)])
         wider, mix, shift = wider_by(np.ones(len(label), dtype=bool))
         weight = 1.0 / outcomes.propensity[:, 0].astype(np.float64)
-        labels = np.stack([outcomes.labels(at)[:, 0] for at in thresholds]).astype(np.float64)
         return _calibrated(estimator, wider, prior, score, labels, weight), mix, shift
 
 
