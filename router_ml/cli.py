@@ -206,17 +206,17 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 )
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
-@click.option("--store-prompts", is_flag=True, help="Keep prompts with the decisions, so that they can be trained on.")
 @click.option(
-    "--no-store-features", is_flag=True, help="Do not keep what the learner saw, which explains a decision later."
-)
+    "--store-prompts", default="features", show_default=True, type=click.Choice(["none", "features", "text"]),
+    help="What is kept of a request: nothing, what the learner saw of it, or its text, too.",
+)  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of key names and the SHA-256 of their keys.")
 @TRACKING
 def serve(
-    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: bool,
-    no_store_features: bool, host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: str,
+    host: str, port: int, api_keys: Path | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -234,7 +234,7 @@ def serve(
         bundle = registry.download(tracking_uri, name, version.version, cache)
     assert bundle is not None
     settings = Settings(
-        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts, store_features=not no_store_features,
+        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts,  # type: ignore[arg-type]
         host=host, port=port,
         api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip

@@ -8,10 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from router_ml.errors import InputError
 
 KEYS_VARIABLE = "ROUTER_ML_API_KEYS"
+STORE_PROMPTS = ("none", "features", "text")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -21,8 +23,9 @@ class Settings:
 
     `bundle` is a bundle's directory or a link to one, `policy` a TOML file (None: the default policy); both are
     followed while the service runs, looked at every `watch_seconds` (0: never). `store` is an SQLAlchemy URL or the
-    path of an SQLite file; decisions are committed within `commit_seconds`, with their prompts if `store_prompts`, and
-    with what explains them later if `store_features`.
+    path of an SQLite file; decisions are committed within `commit_seconds`. `store_prompts` says what is kept of a
+    request: "none", "features" (what the learner saw: its embedding and statistics, which explain the decision later
+    and are enough to train again), or "text" beside these.
     `api_keys` maps a key's name to its SHA-256 in hex; with none the service is open, and then only a loopback host is
     allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
@@ -31,8 +34,7 @@ class Settings:
     bundle: Path
     policy: Path | None = None
     store: str = "router-ml.db"
-    store_prompts: bool = False
-    store_features: bool = True
+    store_prompts: Literal["none", "features", "text"] = "features"
     commit_seconds: float = 0.05
     host: str = "127.0.0.1"
     port: int = 8000
@@ -49,6 +51,8 @@ class Settings:
             raise InputError("max_body_bytes has to be at least 1024")
         if min(self.watch_seconds, self.drain_seconds) < 0 or self.commit_seconds <= 0:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
+        if self.store_prompts not in STORE_PROMPTS:
+            raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
         for name, digest in self.api_keys.items():
             _check_key(name, digest, "api_keys")
         if not self.api_keys and not is_loopback(self.host):

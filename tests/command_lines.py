@@ -12,6 +12,7 @@ import click
 from benchmarks.calibration import main as calibration
 from benchmarks.cold_start import main as cold_start
 from benchmarks.latency import main as latency
+from benchmarks.learning_curve import main as learning_curve
 from benchmarks.quality import main as quality
 from router_ml.cli import main as router_ml
 
@@ -21,6 +22,7 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m benchmarks.quality": quality,
     "python -m benchmarks.latency": latency,
     "python -m benchmarks.cold_start": cold_start,
+    "python -m benchmarks.learning_curve": learning_curve,
     "python -m benchmarks.calibration": calibration,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -45,7 +47,9 @@ def mistakes(line: str, *, whole: bool = True) -> list[str]:
     if program is None:
         return [f"no program {words[0]}"]
     rest = words[len(program.split()) :]
-    command, context = PROGRAMS[program], click.Context(PROGRAMS[program], info_name=program)
+    command = PROGRAMS[program]
+    # click keeps what a command's first context says of help options: it has to be the command's own.
+    context = click.Context(command, info_name=program, **command.context_settings)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         found = command.get_command(context, rest[0])
         if found is None:

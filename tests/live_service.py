@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from serving.app import Service, create_app
+from serving.app import create_app
+from serving.service import Service
 from serving.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -356,7 +356,7 @@ def test_a_refusal_says_what_to_do(case: str, way: Way, monkeypatch: pytest.Monk
 def test_without_openmp_the_message_says_what_to_install(way: Way, tmp_path: Path) -> None:
     (tmp_path / "libgomp.so.1").touch()  # found first, and no library
     done = subprocess.run(
-        [sys.executable, "-m", "router_ml.cli", "route", "hi", "--bundle", str(way / "bundle")],
+        [sys.executable, "-m", "router_ml.cli", "train", "--logs", str(way / "logs"), "--out", str(tmp_path / "new")],
         env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
         capture_output=True,
         text=True,

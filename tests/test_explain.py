@@ -261,12 +261,13 @@ def test_explaining_later_is_explaining_at_once(live: Running, router: Router, p
         assert as_sent(explain_stored(router, row, past)) == at_once
 
 
-def test_a_stored_prompt_explains_where_features_are_not_kept(
-    tiny_bundle: Path, tmp_path: Path, router: Router, past: Neighbours
+def test_a_stored_prompt_explains_where_features_had_to_be_left_out(
+    tiny_bundle: Path, tmp_path: Path, router: Router, past: Neighbours, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("router_ml.store.FEATURES_PENDING", 0)  # as when the database has been away for long
     tools = [{"type": "function", "function": {"name": "f"}}]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": HARD}]
-    with running(tiny_bundle, tmp_path / "store.db", store_features=False, store_prompts=True) as live:
+    with running(tiny_bundle, tmp_path / "store.db", store_prompts="text") as live:
         for body in ({"prompt": EASY}, {"messages": messages, "tools": tools}):
             at_once = ask(live, **body, explain=True)["explanation"]
             row = stored(live, at_once["decision_id"])
@@ -362,7 +363,7 @@ def test_what_cannot_be_explained_says_why(
     )
     told = refused(decision_id, "--bundle", tmp_path / "other", "--store", store)
     assert f"made by bundle {router.model_version}, and this is {other}" in told
-    with running(tiny_bundle, tmp_path / "bare.db", store_features=False) as bare:
+    with running(tiny_bundle, tmp_path / "bare.db", store_prompts="none") as bare:
         bare_id = ask(bare, prompt=HARD)["decision_id"]
         stored(bare, bare_id)
     told = refused(bare_id, "--bundle", tiny_bundle, "--store", tmp_path / "bare.db")
@@ -374,10 +375,11 @@ def test_what_cannot_be_explained_says_why(
     assert "stored features cannot be read" in refused(decision_id, "--bundle", tiny_bundle, "--store", copy)
 
 
-@pytest.mark.parametrize("option", [[], ["--no-store-features"]])
-def test_what_the_command_to_serve_keeps(option: list[str], tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["features", "none", "text"])
+def test_what_the_command_to_serve_keeps(kept: str, tiny_bundle: Path, tmp_path: Path) -> None:
     port, store = free_port(), tmp_path / "store.db"
-    serve = [sys.executable, "-m", "router_ml.cli", "serve", "--bundle", tiny_bundle, "--store", store, *option]
+    serve = [sys.executable, "-m", "router_ml.cli", "serve", "--bundle", tiny_bundle, "--store", store]
+    serve += [] if kept == "features" else ["--store-prompts", kept]
     with (
         subprocess.Popen([*map(str, serve), "--port", str(port)], stderr=subprocess.DEVNULL) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
@@ -396,8 +398,8 @@ def test_what_the_command_to_serve_keeps(option: list[str], tiny_bundle: Path, t
             process.terminate()
             process.wait(30)
     row = Store(str(store)).decision(decision_id)
-    assert row is not None and row["prompt"] is None
-    assert (row["features"] is None) == bool(option)
+    assert row is not None and row["prompt"] == (HARD if kept == "text" else None)
+    assert (row["features"] is None) == (kept == "none")
 
 
 def test_a_bundle_without_past_requests_explains_the_rest(router: Router, tmp_path: Path) -> None:

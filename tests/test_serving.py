@@ -393,7 +393,7 @@ def test_decisions_are_stored_without_their_prompts(live: Running) -> None:
 def test_stored_prompts_can_be_trained_on(tiny_bundle: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": HARD}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    with running(tiny_bundle, tmp_path / "store.db", store_prompts=True) as live:
+    with running(tiny_bundle, tmp_path / "store.db", store_prompts="text") as live:
         ask(live, prompt=EASY)
         ask(live, messages=messages, tools=tools)
         live.decisions()

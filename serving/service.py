@@ -1,0 +1,93 @@
+"""What the endpoints work with, and one decision from body to answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+from router_ml.errors import NoEligibleModelError
+from router_ml.store import Store
+from router_ml.types import Estimate, RouteDecision, RouteRequest
+from serving.live import Live, LiveRouter
+from serving.metrics import Metrics
+from serving.routes import ApiKeys
+from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
+from serving.settings import Settings
+
+
+@dataclass
+class Service:
+    """The parts of a running service; `app.state.service`."""
+
+    settings: Settings
+    keys: ApiKeys
+    live: LiveRouter
+    store: Store
+    metrics: Metrics
+    draining: bool = False
+
+    def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
+        """Decides and counts. Raises what `Router.decide` does."""
+        started = time.perf_counter()
+        try:
+            decision, estimate = live.router.decide_with_estimate(asked)
+        except NoEligibleModelError as error:
+            self.metrics.refused(error.excluded)
+            raise
+        self.metrics.decided(asked, decision, live.router.policy, time.perf_counter() - started)
+        return decision, estimate
+
+    def record(
+        self, live: Live, body: RouteBody, asked: RouteRequest, decision: RouteDecision, estimate: Estimate
+    ) -> None:
+        """Hands a decision to the store, with as much of the request as the settings say."""
+        text: dict[str, str | None] = {}
+        if self.settings.store_prompts == "text":
+            text = {
+                "prompt": body.prompt,
+                "messages": json.dumps(body.messages) if body.messages is not None else None,
+                "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
+            }
+        features = None if self.settings.store_prompts == "none" else estimate.features
+        self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
+
+
+def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:
+    """A decision as the service answers it."""
+    providers, chosen = live.providers, decision.candidates[0]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "decision_id": decision.decision_id,
+        "request_id": asked.request_id,
+        "model": decision.model,
+        "provider": providers[decision.model],
+        "p_ok": chosen.p_ok,
+        "expected_cost_usd": chosen.expected_cost_usd,
+        "expected_total_cost_usd": chosen.expected_total_cost_usd,
+        "p_low": chosen.p_low,
+        "p_high": chosen.p_high,
+        "p_claim": chosen.p_claim,
+        "candidates": [
+            {
+                "model": c.model,
+                "provider": providers[c.model],
+                "p_ok": c.p_ok,
+                "expected_cost_usd": c.expected_cost_usd,
+                "expected_total_cost_usd": c.expected_total_cost_usd,
+                "p_low": c.p_low,
+                "p_high": c.p_high,
+                "p_claim": c.p_claim,
+            }
+            for c in decision.candidates
+        ],
+        "excluded": dict(decision.excluded),
+        "propensity": decision.propensity,
+        "explored": decision.explored,
+        "meets_threshold": decision.meets_threshold,
+        "min_probability": decision.min_probability,
+        "quality_threshold": decision.quality_threshold,
+        "reason": decision.reason,
+        "model_version": decision.model_version,
+        "policy_version": decision.policy_version,
+    }
