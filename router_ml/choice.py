@@ -82,6 +82,8 @@ class Constraints:
                     excluded[model] = "not in the catalogue"
         if request.key is not None and request.key in self.key:
             require(self.key[request.key], "not on the key's allow-list")
+        if request.allowed is not None:
+            require(np.array([model in request.allowed for model in self.catalog.ids]), "not on the key's allow-list")
         data_class = policy.default_data_class if request.data_class is None else request.data_class
         require(self.data_class.get(data_class), f"not cleared for data class {data_class!r}")
         if request.region is not None:

@@ -212,7 +212,7 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-keys", type=ExistingFile, help="TOML file of key names and the SHA-256 of their keys.")
+@click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: str,
@@ -222,7 +222,8 @@ def serve(
 
     Example: router-ml serve --bundle bundle --port 8000
     """
-    from serving.settings import KEYS_VARIABLE, Settings, read_api_keys
+    from serving.keys import KEYS_VARIABLE, read_api_keys
+    from serving.settings import Settings
 
     if (bundle is None) == (model is None):
         raise click.UsageError("give either --bundle DIRECTORY or --model NAME@ALIAS")

@@ -58,7 +58,8 @@ class RouteRequest:
     An answer is acceptable from `quality_threshold` on (None: the tier's, or the bundle's own). `objective` "quality"
     asks for the most probable model within `max_cost_usd` (None: the tier's, which is "cost" unless it says otherwise).
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
-    the tool definitions as JSON; `needs` are capabilities that the request cannot do without.
+    the tool definitions as JSON; `needs` are capabilities that the request cannot do without. `candidates` are the
+    models that the request names, `allowed` those that its API key may use (None: all).
     """
 
     messages: tuple[Message, ...]
@@ -74,6 +75,7 @@ class RouteRequest:
     data_class: str | None = None
     region: str | None = None
     candidates: tuple[str, ...] | None = None
+    allowed: frozenset[str] | None = None
     tier: str | None = None
     min_probability: float | None = None
     willingness_to_pay_usd: float | None = None

@@ -18,9 +18,9 @@ from router_ml import __version__
 from router_ml.store import Store
 from serving import problems
 from serving.endpoints import api, health
+from serving.keys import ApiKeys
 from serving.live import LiveRouter
 from serving.metrics import Metrics
-from serving.routes import ApiKeys
 from serving.service import Service
 from serving.settings import Settings
 

@@ -13,13 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router_ml.errors import InputError
-from serving.problems import MEDIA_TYPE, ProblemError
+from serving.keys import SCOPES
+from serving.problems import MEDIA_TYPE, ProblemError, problem_of
 from serving.routes import JsonRoute
 from serving.schemas import (
+    BatchAnswer,
+    BatchBody,
+    BatchItem,
     ExplanationAnswer,
     ModelsAnswer,
     OutcomeAnswer,
     OutcomeBody,
+    PlanoAnswer,
     PolicyAnswer,
     ProblemAnswer,
     ReadyAnswer,
@@ -32,6 +37,7 @@ _CONTENT = {MEDIA_TYPE: {"schema": TypeAdapter(ProblemAnswer).json_schema()}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON", "content": _CONTENT},
     401: {"description": "No valid API key", "content": _CONTENT},
+    403: {"description": "The API key does not cover this", "content": _CONTENT},
     413: {"description": "The body is too large", "content": _CONTENT},
     415: {"description": "The body has to be JSON", "content": _CONTENT},
     422: {"description": "The request is not valid, or no model may serve it", "content": _CONTENT},
@@ -41,17 +47,54 @@ _STORED: dict[int | str, dict[str, Any]] = {
     503: {"description": "The store cannot take it now", "content": _CONTENT},
 }
 _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="x-api-key", auto_error=False))]
+_ROUTE, _OUTCOMES, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
 api = APIRouter(route_class=JsonRoute, dependencies=_SECURITY, responses=_PROBLEMS)
 
 
-@api.post("/route", summary="Choose a model for a request")
+@api.post("/route", summary="Choose a model for a request", openapi_extra=_ROUTE)
 async def route(body: RouteBody, request: Request) -> RouteAnswer:
     """The cheapest model likely to be good enough, the fallbacks in order, and why the others are excluded."""
+    return await _answer(body, request, record=True)
+
+
+@api.post("/route/preview", summary="What /route would answer", openapi_extra=_ROUTE)
+async def preview(body: RouteBody, request: Request) -> RouteAnswer:
+    """The same answer, but nothing is recorded: its `decision_id` takes no outcomes, and no metric counts it."""
+    return await _answer(body, request, record=False)
+
+
+@api.post("/route/batch", summary="Choose models for several requests", openapi_extra=_ROUTE)
+async def batch(body: BatchBody, request: Request) -> BatchAnswer:
+    """A decision, or a problem, for each request in order. The event loop is free for others between them."""
+    results: list[BatchItem] = []
+    for one in body.requests:
+        try:
+            results.append({"decision": await _answer(one, request, record=True), "problem": None})
+        except Exception as error:  # noqa: BLE001 (as at the boundary: one request's failure is no other's)
+            results.append({"decision": None, "problem": cast("ProblemAnswer", problem_of(error).content())})
+        await asyncio.sleep(0)
+    request.scope.pop("decision", None)  # no header can speak of several
+    return {"results": results}
+
+
+@api.post("/routing/v1/chat/completions", summary="The order of models, as Plano asks", openapi_extra=_ROUTE)
+async def plano(body: RouteBody, request: Request) -> PlanoAnswer:
+    """An OpenAI chat request in; the models to try in order out. `x-` headers carry the same for proxies."""
+    answer = await _answer(body, request, record=True)
+    models = [candidate["model"] for candidate in answer["candidates"]]
+    return {"models": models, "route": body.task, "trace_id": answer["decision_id"], "session_id": body.session}
+
+
+async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAnswer:
     service: Service = request.app.state.service
     live = service.live.live  # once: no answer mixes two versions
-    asked = body.to_request(request.scope["caller"])
-    decision, estimate = service.decide(live, asked)
-    service.record(live, body, asked, decision, estimate)
+    asked = body.to_request(request.scope["caller"], live.router.policy)
+    if record:
+        decision, estimate = service.decide(live, asked)
+        service.record(live, body, asked, decision, estimate)
+        request.scope["decision"] = decision
+    else:
+        decision, estimate = live.router.decide_with_estimate(asked)
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
@@ -59,16 +102,16 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
     return answer
 
 
-@api.post("/outcomes", summary="Report what became of a decision", responses=_STORED)
+@api.post("/outcomes", summary="Report what became of a decision", responses=_STORED, openapi_extra=_OUTCOMES)
 async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     """Answered when the outcome is committed. Sending it again, with or without an Idempotency-Key, stores it once."""
     service: Service = request.app.state.service
     given = request.headers.get("idempotency-key")
     if given is not None and not 1 <= len(given) <= 256:
         raise InputError("an Idempotency-Key has 1 to 256 characters")
-    receipt = await asyncio.wrap_future(
-        service.store.add_outcome(body.to_outcome(), idempotency_key=given, key=request.scope["caller"])
-    )
+    caller = request.scope["caller"]
+    name = None if caller is None else caller.name
+    receipt = await asyncio.wrap_future(service.store.add_outcome(body.to_outcome(), idempotency_key=given, key=name))
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 

@@ -24,6 +24,7 @@ _TITLES = {
     "invalid-request": "The request is not valid",
     "no-eligible-model": "No model may serve this request",
     "unauthorized": "An API key is needed",
+    "forbidden": "The API key does not cover this",
     "not-found": "There is nothing here",
     "method-not-allowed": "This path takes another method",
     "conflict": "The Idempotency-Key was used for something else",
@@ -47,16 +48,19 @@ class ProblemError(Exception):
         self.headers = headers
         self.extra = extra
 
-    def response(self) -> Response:
-        """The problem as a response."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """The problem as JSON."""
+        return {
             "type": f"urn:router-ml:problem:{self.kind}",
             "title": _TITLES[self.kind],
             "status": self.status,
             "detail": self.detail,
             **self.extra,
         }
-        return Response(json.dumps(content), self.status, self.headers, MEDIA_TYPE)
+
+    def response(self) -> Response:
+        """The problem as a response."""
+        return Response(json.dumps(self.content()), self.status, self.headers, MEDIA_TYPE)
 
 
 def problem_of(error: Exception) -> ProblemError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, get_type_hints
 
 from fastapi.routing import APIRoute
@@ -13,34 +11,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serving.problems import ProblemError, problem_of
-
-
-class ApiKeys:
-    """The configured keys, by name, as SHA-256. Keys are long random strings, so a plain hash is enough."""
-
-    def __init__(self, hashes: Mapping[str, str]) -> None:
-        self._hashes = [(name, bytes.fromhex(digest)) for name, digest in hashes.items()]
-
-    def caller(self, request: Request) -> str | None:
-        """The name of the key that the request carries; None when no keys are configured. Raises ProblemError (401)."""
-        if not self._hashes:
-            return None
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given:
-            given = request.headers.get("x-api-key", "")
-        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()  # the bytes as they came
-        name = None
-        for known, expected in self._hashes:  # every one of them: the time taken says nothing
-            if hmac.compare_digest(digest, expected):
-                name = known
-        if name is None:
-            raise ProblemError(
-                401,
-                "unauthorized",
-                "send a configured key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
-                headers={"www-authenticate": "Bearer"},
-            )
-        return name
 
 
 class JsonRoute(APIRoute):
@@ -55,13 +25,17 @@ class JsonRoute(APIRoute):
         """The handler: authenticates, reads the body, calls the endpoint, counts the response."""
         endpoint, path = self.endpoint, self.path
         hints = get_type_hints(endpoint)
+        scope = (self.openapi_extra or {}).get("x-scope")
         body_type: type[BaseModel] | None = hints.get("body")
         to_json = None if hints["return"] is Response else TypeAdapter(hints["return"]).serializer.to_json
 
         async def handle(request: Request) -> Response:
             service = request.app.state.service
             try:
-                request.scope["caller"] = service.keys.caller(request)
+                caller = service.keys.caller(request)
+                if caller is not None:
+                    caller.may(scope)
+                request.scope["caller"] = caller
                 if body_type is None:
                     answer = await endpoint(request)
                 else:
@@ -70,7 +44,7 @@ class JsonRoute(APIRoute):
                 if to_json is None:
                     response: Response = answer
                 else:
-                    response = Response(to_json(answer), media_type="application/json")
+                    response = Response(to_json(answer), 200, decision_headers(request), "application/json")
             except ClientDisconnect:
                 response = Response(status_code=400)  # nobody reads it
             except Exception as error:  # noqa: BLE001 (the boundary: a traceback outside could quote the prompt)
@@ -79,6 +53,17 @@ class JsonRoute(APIRoute):
             return response
 
         return handle
+
+
+def decision_headers(request: Request) -> dict[str, str] | None:
+    """The decision for proxies that read headers alone. A name that no header can hold is left to the body."""
+    decision = request.scope.get("decision")
+    if decision is None:
+        return None
+    headers = {"x-router-decision-id": decision.decision_id}
+    if decision.model.isascii() and decision.model.isprintable():
+        headers["x-router-model"] = decision.model
+    return headers
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from router_ml.conversation import request_of
+from router_ml.policy import Policy
 from router_ml.types import Outcome, RouteRequest
+from serving.keys import ApiKey
 
 SCHEMA_VERSION = 1
+MAX_BATCH = 100
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Amount = Annotated[float, Field(ge=0, lt=2**53)]
@@ -56,9 +59,9 @@ class RouteBody(BaseModel):
     request_id: Name | None = Field(None, description="The caller's own id; outcomes may name it.")
     explain: bool = Field(False, description="Answer with an `explanation`, some milliseconds later.")
 
-    def to_request(self, key: str | None) -> RouteRequest:
-        """The request in the program's own terms, made by the caller whose API key has this name. Raises InputError."""
-        return request_of(
+    def to_request(self, key: ApiKey | None, policy: Policy) -> RouteRequest:
+        """The request in the program's own terms, as this key may make it. Raises InputError, ProblemError (403)."""
+        asked = request_of(
             prompt=self.prompt,
             messages=self.messages,
             tools=[*(self.tools or ()), *(self.functions or ())] or None,
@@ -66,7 +69,7 @@ class RouteBody(BaseModel):
             needs=self.needs,
             max_tokens=self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens,
             tenant=self.tenant,
-            key=key,
+            key=None if key is None else key.name,
             task=self.task,
             session=self.session,
             request_id=self.request_id,
@@ -80,6 +83,7 @@ class RouteBody(BaseModel):
             quality_threshold=self.quality_threshold,
             objective=self.objective,
         )
+        return asked if key is None else key.bind(asked, policy)
 
 
 class CandidateAnswer(TypedDict):
@@ -180,6 +184,47 @@ class RouteAnswer(TypedDict):
     explanation: NotRequired[ExplanationAnswer]
 
 
+class ProblemAnswer(TypedDict, total=False):
+    """RFC 9457 problem details; `errors` lists a body's mistakes, `excluded` says per model why it may not serve."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, str]]
+    excluded: dict[str, str]
+
+
+class BatchBody(BaseModel):
+    """Several requests at once, each as `/route` takes it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    requests: list[RouteBody] = Field(min_length=1, max_length=MAX_BATCH)
+
+
+class BatchItem(TypedDict):
+    """One request's decision, or its problem; one of the two is null."""
+
+    decision: RouteAnswer | None
+    problem: ProblemAnswer | None
+
+
+class BatchAnswer(TypedDict):
+    """The answers in the order of the requests. One request's mistake is no other's."""
+
+    results: list[BatchItem]
+
+
+class PlanoAnswer(TypedDict):
+    """Models in the order in which to try them, as Plano's routing API answers; `trace_id` is the decision's id."""
+
+    models: list[str]
+    route: str | None
+    trace_id: str
+    session_id: str | None
+
+
 class OutcomeBody(BaseModel):
     """What became of a decision; `quality` may come alone, days later."""
 
@@ -231,14 +276,3 @@ class ReadyAnswer(TypedDict):
     model_version: str
     policy_version: str
     degraded: list[str]
-
-
-class ProblemAnswer(TypedDict, total=False):
-    """RFC 9457 problem details; `errors` lists a body's mistakes, `excluded` says per model why it may not serve."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    errors: list[dict[str, str]]
-    excluded: dict[str, str]

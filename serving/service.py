@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from router_ml.errors import NoEligibleModelError
 from router_ml.store import Store
 from router_ml.types import Estimate, RouteDecision, RouteRequest
+from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
 from serving.metrics import Metrics
-from serving.routes import ApiKeys
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.settings import Settings
 

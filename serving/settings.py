@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from router_ml.errors import InputError
+from serving.keys import KEYS_VARIABLE, ApiKey
 
-KEYS_VARIABLE = "ROUTER_ML_API_KEYS"
 STORE_PROMPTS = ("none", "features", "text")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +23,8 @@ class Settings:
     path of an SQLite file; decisions are committed within `commit_seconds`. `store_prompts` says what is kept of a
     request: "none", "features" (what the learner saw: its embedding and statistics, which explain the decision later
     and are enough to train again), or "text" beside these.
-    `api_keys` maps a key's name to its SHA-256 in hex; with none the service is open, and then only a loopback host is
-    allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
+    `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
+    loopback host is allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -38,7 +35,7 @@ class Settings:
     commit_seconds: float = 0.05
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 2 * 1024 * 1024
     max_concurrency: int | None = None
     watch_seconds: float = 1.0
@@ -53,8 +50,8 @@ class Settings:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
-        for name, digest in self.api_keys.items():
-            _check_key(name, digest, "api_keys")
+        keys = {n: k if isinstance(k, ApiKey) else ApiKey.of_table(n, k) for n, k in self.api_keys.items()}
+        object.__setattr__(self, "api_keys", keys)
         if not self.api_keys and not is_loopback(self.host):
             raise InputError(
                 f"{self.host!r} is not a loopback address, and no API keys are configured: anyone who reaches it could "
@@ -68,35 +65,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def read_api_keys(path: Path | None, variable: str | None) -> dict[str, str]:
-    """API keys by name, as SHA-256 in hex: from a TOML file, from `NAME=SHA256,…` (the environment variable's form).
-
-    The file has a table per key, `[gateway]` with `sha256 = "…"`; `printf %s "$KEY" | sha256sum` makes the hash.
-    Raises InputError that names the file and the key at fault, and when there is something to read but no key in it.
-    """
-    keys: dict[str, str] = {}
-    if path is not None:
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"the file of API keys {path} cannot be read: {error}") from None
-        for name, table in tables.items():
-            if not isinstance(table, Mapping) or set(table) != {"sha256"}:
-                raise InputError(f"{path}: key {name!r} has to be a table with 'sha256' and nothing else")
-            keys[name] = _check_key(name, table["sha256"], str(path))
-    for entry in filter(None, (variable or "").split(",")):
-        name, _, digest = entry.strip().partition("=")
-        keys[name] = _check_key(name, digest, KEYS_VARIABLE)
-    if not keys and (path is not None or variable):
-        raise InputError(f"{path or KEYS_VARIABLE} holds no API keys: add one, or leave it out")
-    return keys
-
-
-def _check_key(name: str, digest: object, source: str) -> str:
-    if not name or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise InputError(
-            f'{source}: key {name!r} needs its SHA-256 in 64 lower-case hex digits: printf %s "$KEY" | sha256sum'
-        )
-    return digest

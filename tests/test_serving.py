@@ -485,7 +485,8 @@ def test_metrics_count_what_happens(live: Running, router: Router) -> None:
 def test_the_openapi_document_names_bodies_answers_and_problems(live: Running) -> None:
     document = live.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
-        *("/route", "/outcomes", "/models", "/policy", "/metrics", "/healthz", "/readyz"),
+        *("/route", "/route/preview", "/route/batch", "/routing/v1/chat/completions", "/outcomes"),
+        *("/models", "/policy", "/metrics", "/healthz", "/readyz"),
     }
     route = document["paths"]["/route"]["post"]
     assert route["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/RouteBody")
@@ -535,7 +536,7 @@ def test_the_callers_key_sets_what_it_may_use(guarded: Running) -> None:
     assert [row["key"] for row in guarded.decisions()] == ["narrow", "wide"]
 
 
-FIELDS = """prompt messages tools functions response_format max_tokens tier min_probability needs max_cost_usd
+FIELDS = """requests prompt messages tools functions response_format max_tokens tier min_probability needs max_cost_usd
 candidates data_class region task role content type text tool_calls decision_id request_id quality status"""
 KEYS = st.sampled_from(FIELDS.split())
 VALUES = st.recursive(
@@ -551,7 +552,10 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.dictionaries(KEYS, VALUES, max_size=6) | VALUES, path=st.sampled_from(["/route", "/outcomes"]))
+@given(
+    body=st.dictionaries(KEYS, VALUES, max_size=6) | VALUES,
+    path=st.sampled_from(["/route", "/outcomes", "/route/preview", "/route/batch", "/routing/v1/chat/completions"]),
+)
 def test_whatever_is_sent_it_is_answered_or_refused(live: Running, body: Any, path: str) -> None:
     response = live.http.post(path, content=json.dumps(body).encode(), headers=JSON)
     assert response.status_code in (200, 400, 422), response.text

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from router_ml.errors import InputError
-from serving.settings import Settings, is_loopback, read_api_keys
+from serving.keys import ApiKey, read_api_keys
+from serving.settings import Settings, is_loopback
 
 ONE, TWO = "1" * 64, "a" * 64
 
@@ -38,13 +39,17 @@ def test_beyond_loopback_keys_are_needed(host: str) -> None:
         {"watch_seconds": -1.0},
         {"drain_seconds": -0.1},
         {"commit_seconds": 0.0},
-        {"api_keys": {"k": "plain text"}},
-        {"api_keys": {"": ONE}},
     ],
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Settings(bundle=Path("b"), **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"k": "plain text"}, {"": ONE}, {"k": {"sha256": ONE, "scopes": ["root"]}}])
+def test_a_key_that_is_none_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="API key"):
+        Settings(bundle=Path("b"), api_keys=wrong)  # type: ignore[arg-type]
 
 
 def test_settings_do_not_change() -> None:
@@ -55,9 +60,16 @@ def test_settings_do_not_change() -> None:
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'[gateway]\nsha256 = "{ONE}"\n[batch]\nsha256 = "{TWO}"\n')
-    assert read_api_keys(path, None) == {"gateway": ONE, "batch": TWO}
-    assert read_api_keys(None, f"gateway={ONE}, other={TWO}") == {"gateway": ONE, "other": TWO}
-    assert read_api_keys(path, f"gateway={TWO}")["gateway"] == TWO
+    assert read_api_keys(path, None) == {"gateway": ApiKey("gateway", ONE), "batch": ApiKey("batch", TWO)}
+    assert read_api_keys(None, f"gateway={ONE}, other={TWO}") == {
+        "gateway": ApiKey("gateway", ONE),
+        "other": ApiKey("other", TWO),
+    }
+    assert read_api_keys(path, f"gateway={TWO}")["gateway"].sha256 == TWO
+    path.write_text(
+        f'[a]\nsha256 = "{ONE}"\nscopes = ["admin"]\nmodels = ["m"]\ntiers = ["t"]\ndata_classes = ["c"]\ntenant = "x"'
+    )
+    assert read_api_keys(path, None) == {"a": ApiKey("a", ONE, ("admin",), ("m",), ("t",), ("c",), "x")}
     assert read_api_keys(None, None) == read_api_keys(None, "") == {}
 
 
@@ -68,8 +80,14 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         ("[gateway]", "key 'gateway' has to be a table with 'sha256'"),
         ("gateway = 'x'", "key 'gateway' has to be a table"),
         ("[gateway]\nsha256 = 'secret'", "key 'gateway' needs its SHA-256"),
+        ("[gateway]\nsha256 = 7", "key 'gateway' needs its SHA-256"),
+        (f"[gateway]\nsha256 = '{ONE}'\nscopes = ['root']", "there are route, outcomes, admin"),
+        (f"[gateway]\nsha256 = '{ONE}'\nmodels = 'gpt'", "'models' has to be a list"),
+        (f"[gateway]\nsha256 = '{ONE}'\ntiers = [1]", "'tiers' has to be a list"),
+        (f"[gateway]\nsha256 = '{ONE}'\ntenant = 1", "'tenant' has to be a name"),
+        (f"[gateway]\nsha256 = '{ONE}'\nmodel = ['gpt']", "no other"),
         (f"[gateway]\nsha256 = '{TWO.upper()}'", "lower-case hex"),
-        (f"[gateway]\nsha256 = '{ONE}'\nscopes = []", "nothing else"),
+        (f"[gateway]\nsha256 = '{ONE}'\nscopes = []", "leave it out for no bound"),
         ("not toml", "cannot be read"),
     ],
 )
