@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from router_ml import __version__
+from router_ml.audit_cli import audit
 from router_ml.terminal import Commands, bar, say_log, stages
 
 PathArg = click.Path(path_type=Path)
@@ -327,6 +328,9 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
     from training.demo import run
 
     run(data=data, catalog=catalog, out=out, rows=rows, encoder=encoder)
+
+
+main.add_command(audit)
 
 
 if __name__ == "__main__":

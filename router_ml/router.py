@@ -144,6 +144,7 @@ class Router:
             model_version=self.model_version,
             policy_version=policy.version,
             quality_threshold=self.quality_threshold if threshold is None else threshold,
+            data_class=policy.default_data_class if request.data_class is None else request.data_class,
         )
         return decision, estimate
 

@@ -13,13 +13,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from router_ml import audit
 from router_ml.errors import InputError, RouterError
 from router_ml.router import new_id
 from router_ml.stored import counts, find_decision, log_rows, pages
@@ -83,6 +84,7 @@ class Store:
         self._engine = open_database(url)
         self._decisions: deque[dict[str, Any]] = deque()
         self._outcomes: deque[_Pending] = deque()
+        self._changes: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._in_flight = 0
         self._text = 0  # characters of prompt text that wait for their commit
         self._text_lock = threading.Lock()
@@ -123,7 +125,7 @@ class Store:
     @property
     def pending(self) -> int:
         """Rows that wait for their commit."""
-        return len(self._decisions) + len(self._outcomes) + self._in_flight
+        return len(self._decisions) + len(self._outcomes) + len(self._changes) + self._in_flight
 
     @property
     def healthy(self) -> bool:
@@ -190,6 +192,15 @@ class Store:
         self._hurry()
         return pending.receipt
 
+    def note_change(self, kind: str, who: str, after: Mapping[str, Any]) -> None:
+        """Queues what `kind` (of `audit.KINDS`) is from now on for the audit log, which leaves out what is the same."""
+        self._changes.append((kind, who, dict(after)))
+        self._hurry()
+
+    def changes(self) -> list[dict[str, Any]]:
+        """The audit log, oldest first: see `audit.changes`."""
+        return audit.changes(self._engine)
+
     def decisions(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The decisions from `since_us` (microseconds since 1970) on, oldest first, as the table's columns."""
         return (row for page in pages(self._engine, DECISIONS, since_us) for row in page)
@@ -220,7 +231,7 @@ class Store:
             self._wake.wait()
             self._urgent.wait(self.interval)
             self._wake.clear()
-            while self._decisions or self._outcomes:
+            while self._decisions or self._outcomes or self._changes:
                 self._urgent.clear()
                 if self._write_batch():
                     pause = RETRY_SECONDS[0]
@@ -238,6 +249,10 @@ class Store:
         decisions = [self._decisions.popleft() for _ in range(min(len(self._decisions), BATCH))]
         outcomes = [self._outcomes.popleft() for _ in range(min(len(self._outcomes), BATCH))]
         try:
+            while self._changes:
+                with self._engine.begin() as connection:
+                    audit.note(connection, *self._changes[0])
+                self._changes.popleft()
             self._commit(decisions, outcomes)
         except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
             self.counters.failures += 1

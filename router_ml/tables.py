@@ -67,6 +67,16 @@ OUTCOMES = sa.Table(
     sa.Column("quality", sa.Float),
     sa.Column("quality_source", sa.String),
 )
+CHANGES = sa.Table(
+    "changes",
+    METADATA,
+    sa.Column("change_id", sa.String, primary_key=True),
+    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),
+    sa.Column("kind", sa.String, nullable=False),  # of `audit.KINDS`
+    sa.Column("who", sa.String, nullable=False),
+    sa.Column("before", sa.Text),
+    sa.Column("after", sa.Text, nullable=False),
+)
 
 
 def open_database(url: str) -> sa.Engine:
@@ -119,6 +129,24 @@ def _make_tables(connection: sa.Connection) -> None:
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
         for index in sorted(table.indexes, key=lambda i: str(i.name)):
             connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+    for statement in _APPEND_ONLY[connection.dialect.name]:
+        connection.exec_driver_sql(statement)
+
+
+# The database itself refuses to alter a noted change: whoever wants to has to remove the trigger first.
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER IF NOT EXISTS changes_no_{what} BEFORE {what} ON changes "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+        for what in ("update", "delete")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION changes_append_only() RETURNS trigger AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$ LANGUAGE plpgsql",
+        "CREATE OR REPLACE TRIGGER changes_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON changes "
+        "FOR EACH STATEMENT EXECUTE FUNCTION changes_append_only()",
+    ],
+}
 
 
 def insert_new(dialect: sa.Dialect, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
@@ -138,7 +166,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "tenant": request.tenant,
         "key": request.key,
         "task": request.task,
-        "data_class": request.data_class,
+        "data_class": request.data_class if decision.data_class is None else decision.data_class,
         "region": request.region,
         "tier": request.tier,
         "needs": request.needs,

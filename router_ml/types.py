@@ -108,7 +108,8 @@ class RouteDecision:
 
     `propensity` is the exact probability with which the policy chose `model` for this request (exploration included);
     `excluded` maps each ineligible model to the constraint that kept it out. Every `p_ok` is the probability of an
-    answer of at least `quality_threshold` (None: the learner does not say which).
+    answer of at least `quality_threshold` (None: the learner does not say which). `data_class` is the one that every
+    candidate is cleared for: the request's, or the policy's default.
     """
 
     decision_id: str
@@ -123,6 +124,7 @@ class RouteDecision:
     model_version: str
     policy_version: str
     quality_threshold: float | None = None
+    data_class: str | None = None
 
     @property
     def chosen(self) -> Candidate:

@@ -42,6 +42,8 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         store.start()
+        live.changed = service.note
+        service.note(live.live, "the start")
         watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
         yield
         service.draining = True

@@ -20,6 +20,7 @@ from serving.schemas import (
     BatchAnswer,
     BatchBody,
     BatchItem,
+    ChangesAnswer,
     ExplanationAnswer,
     ModelsAnswer,
     OutcomeAnswer,
@@ -30,6 +31,7 @@ from serving.schemas import (
     ReadyAnswer,
     RouteAnswer,
     RouteBody,
+    VersionsAnswer,
 )
 from serving.service import Service, answer_of
 
@@ -133,6 +135,22 @@ async def policy(request: Request) -> PolicyAnswer:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(request.app.state.service.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+
+
+@api.post("/admin/reload", summary="Load bundle and policy again now", openapi_extra=_ADMIN)
+async def reload(request: Request) -> VersionsAnswer:
+    """What is served then. A bundle or policy that cannot be used is a 503, and what was served before still is."""
+    service, caller = request.app.state.service, request.scope["caller"]
+    who = "anyone" if caller is None else caller.name
+    router = (await asyncio.to_thread(service.live.reload, None, who)).router
+    return {"model_version": router.model_version, "policy_version": router.policy.version}
+
+
+@api.get("/admin/changes", summary="The audit log", openapi_extra=_ADMIN)
+async def changes(request: Request) -> ChangesAnswer:
+    """Every change of model, policy and keys: who, when, before, after; oldest first."""
+    found = await asyncio.to_thread(request.app.state.service.store.changes)
+    return {"changes": found}
 
 
 health = APIRouter()

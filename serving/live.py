@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,13 +72,15 @@ class LiveRouter:
         self.reloads = 0
         self.failures = 0
         self.last_error: str | None = None
+        self.changed: Callable[[Live, str], None] = lambda live, who: None
+        """Told of each router that takes another's place, and who put it there."""
         self._lock = threading.Lock()
         self._seen = self._signature()
         self._retry_at = 0.0
         self.live = self._load(bundle)
 
-    def reload(self, bundle: Path | None = None) -> Live:
-        """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in.
+    def reload(self, bundle: Path | None = None, who: str = "the files") -> Live:
+        """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in for `who`.
 
         Blocks for as long as loading takes: call it off the event loop. When it raises BundleError or InputError, the
         router that was served before still is.
@@ -93,6 +96,7 @@ class LiveRouter:
                 log.error("kept bundle %s: %s", self.live.router.model_version, error)
                 raise
             self.live = live
+            self.changed(live, who)
             self.reloads += 1
             self.last_error = None
             log.info("serving bundle %s, policy %s", live.router.model_version, live.router.policy.version)

@@ -269,6 +269,30 @@ class PolicyAnswer(TypedDict):
     policy: dict[str, Any]
 
 
+class VersionsAnswer(TypedDict):
+    """What is served after a reload."""
+
+    model_version: str
+    policy_version: str
+
+
+class ChangeAnswer(TypedDict):
+    """One change; `before` is null for the first of its kind."""
+
+    change_id: str
+    time_us: int
+    kind: Literal["model", "policy", "keys"]
+    who: str
+    before: dict[str, Any] | None
+    after: dict[str, Any]
+
+
+class ChangesAnswer(TypedDict):
+    """The audit log, oldest first."""
+
+    changes: list[ChangeAnswer]
+
+
 class ReadyAnswer(TypedDict):
     """What is being served. `degraded` names the parts that do not work while routing goes on."""
 

@@ -27,6 +27,14 @@ class Service:
     metrics: Metrics
     draining: bool = False
 
+    def note(self, live: Live, who: str) -> None:
+        """Notes for the audit log what is served from now on; the log leaves out what has not changed."""
+        router = live.router
+        models = router.catalog.to_json()["models"]
+        self.store.note_change("model", who, {"model_version": router.model_version, "models": models})
+        self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
+        self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
+
     def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
         """Decides and counts. Raises what `Router.decide` does."""
         started = time.perf_counter()

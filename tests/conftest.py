@@ -44,6 +44,30 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """The URL of a new, empty database of the Postgres at 127.0.0.1:5432 (`ROUTER_ML_POSTGRES` names another)."""
+    import uuid
+
+    import sqlalchemy as sa
+
+    base = os.environ.get("ROUTER_ML_POSTGRES") or "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
+    server = sa.create_engine(base, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
+    name = f"router_ml_{uuid.uuid4().hex}"
+    try:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"create database {name}")
+    except sa.exc.OperationalError as error:
+        message = f"needs a Postgres that lets it make databases: {error.orig}"
+        pytest.fail(message) if "ROUTER_ML_POSTGRES" in os.environ else pytest.skip(message)
+    try:
+        yield sa.make_url(base).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"drop database {name} with (force)")
+        server.dispose()
+
+
 @pytest.fixture(scope="session")
 def catalog() -> Catalog:
     """Four models, one of each tier, that differ in price, window, capabilities and clearances."""

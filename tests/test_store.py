@@ -80,7 +80,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         max_cost_usd=0.5,
         willingness_to_pay_usd=0.25,
     )
-    made = kept(store, decision(explored=True), of)
+    made = kept(store, decision(explored=True, data_class="internal"), of)
     assert store.flush()
     (row,) = store.decisions()
     at = row.pop("time_us")
