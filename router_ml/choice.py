@@ -18,6 +18,7 @@ from router_ml.policy import Policy
 from router_ml.types import FloatArray, RouteRequest
 
 BoolArray = npt.NDArray[np.bool_]
+_UP: Mapping[str, str] = {}
 _ALL: BoolArray = np.ones(0, dtype=bool)
 """Stands for a mask that allows every model, so that the common case costs no vector operation."""
 
@@ -58,9 +59,18 @@ class Constraints:
         )
 
     def eligible(
-        self, request: RouteRequest, policy: Policy, cost_usd: FloatArray, input_tokens: float
+        self,
+        request: RouteRequest,
+        policy: Policy,
+        cost_usd: FloatArray,
+        input_tokens: float,
+        down: Mapping[str, str] = _UP,
     ) -> tuple[BoolArray, dict[str, str]]:
-        """Which models may serve the request, bool [m], and why each of the others may not."""
+        """Which models may serve the request, bool [m], and why each of the others may not.
+
+        `down` holds the models that do not answer just now, and why. Where no other may serve the request they are
+        kept: a call that may fail is better than none.
+        """
         mask = self.every
         excluded: dict[str, str] = {}
 
@@ -95,6 +105,11 @@ class Constraints:
             require(self.context_window >= tokens, f"context window is smaller than the estimated {tokens} tokens")
         if request.max_cost_usd is not None:
             require(cost_usd <= request.max_cost_usd, f"expected cost is above {request.max_cost_usd:g} USD")
+        if down:
+            up = mask & np.array([model not in down for model in self.catalog.ids])
+            if up.any():
+                excluded |= {self.catalog.ids[i]: down[self.catalog.ids[i]] for i in np.flatnonzero(mask & ~up)}
+                mask = up
         return mask, excluded
 
 

@@ -17,6 +17,8 @@ _KINDS = {
     "does not support": "capability",
     "context window": "context_window",
     "expected cost": "max_cost",
+    "circuit open": "circuit",
+    "taken out by": "circuit",
 }
 
 

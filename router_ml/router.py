@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -19,6 +19,8 @@ from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
+
+_UP: Mapping[str, str] = {}
 
 
 class Estimator(Protocol):
@@ -78,8 +80,12 @@ class Router:
         """Routes one request. Raises what `decide_with_estimate` does."""
         return self.decide_with_estimate(request)[0]
 
-    def decide_with_estimate(self, request: RouteRequest) -> tuple[RouteDecision, Estimate]:
+    def decide_with_estimate(
+        self, request: RouteRequest, down: Mapping[str, str] = _UP
+    ) -> tuple[RouteDecision, Estimate]:
         """Routes one request, and hands out the estimate behind the decision: what explains it.
+
+        `down` holds the models that do not answer just now, and why: they are excluded while another may serve.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -97,7 +103,7 @@ class Router:
             request = replace(request, quality_threshold=threshold, max_cost_usd=dial.max_cost_usd)
         estimate = self.estimator.estimate(request)
         cost = self.expected_cost(request, estimate)
-        eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens)
+        eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():
             raise NoEligibleModelError(
                 "no model satisfies the request's constraints: relax one of them, or clear a model for it", excluded

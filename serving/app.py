@@ -16,8 +16,8 @@ from fastapi import FastAPI
 
 from router_ml import __version__
 from router_ml.store import Store
-from serving import problems
-from serving.endpoints import api, health
+from serving import endpoints, problems
+from serving.health import Health
 from serving.keys import ApiKeys
 from serving.live import LiveRouter
 from serving.metrics import Metrics
@@ -37,7 +37,8 @@ def create_app(settings: Settings) -> FastAPI:
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     store = Store(settings.store, interval=settings.commit_seconds)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store))
+    health = Health(settings.health)
+    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -55,8 +56,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="router-ml", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     problems.install(app)
-    app.include_router(api)
-    app.include_router(health)
+    app.include_router(endpoints.api)
+    app.include_router(endpoints.health)
     return app
 
 

@@ -22,6 +22,8 @@ from serving.schemas import (
     BatchItem,
     ChangesAnswer,
     ExplanationAnswer,
+    HealthAnswer,
+    HealthBody,
     ModelsAnswer,
     OutcomeAnswer,
     OutcomeBody,
@@ -50,6 +52,10 @@ _STORED: dict[int | str, dict[str, Any]] = {
 }
 _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="x-api-key", auto_error=False))]
 _ROUTE, _OUTCOMES, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
+_HEALTH = _OUTCOMES | {
+    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
+}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such model", "content": _CONTENT}}
 api = APIRouter(route_class=JsonRoute, dependencies=_SECURITY, responses=_PROBLEMS)
 
 
@@ -96,7 +102,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
-        decision, estimate = live.router.decide_with_estimate(asked)
+        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers))
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
@@ -111,9 +117,11 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     given = request.headers.get("idempotency-key")
     if given is not None and not 1 <= len(given) <= 256:
         raise InputError("an Idempotency-Key has 1 to 256 characters")
-    caller = request.scope["caller"]
+    caller, outcome = request.scope["caller"], body.to_outcome()
     name = None if caller is None else caller.name
-    receipt = await asyncio.wrap_future(service.store.add_outcome(body.to_outcome(), idempotency_key=given, key=name))
+    receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
+    if not receipt.replayed:
+        service.observe(outcome)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 
@@ -122,6 +130,16 @@ async def models(request: Request) -> ModelsAnswer:
     """The models that the router chooses from, with prices and clearances."""
     router = request.app.state.service.live.live.router
     return {"model_version": router.model_version, "models": router.catalog.to_json()["models"]}
+
+
+@api.put("/models/{model:path}/health", summary="Set a model's circuit", openapi_extra=_HEALTH, responses=_UNKNOWN)
+async def set_health(body: HealthBody, request: Request) -> HealthAnswer:
+    """For a gateway that knows of an outage before its outcomes tell."""
+    service, caller, model = request.app.state.service, request.scope["caller"], request.path_params["model"]
+    if model not in service.live.live.providers:
+        raise ProblemError(404, "not-found", f"the catalogue has no model {model!r}: GET /models lists them")
+    service.health.set(model, body.state, "anyone" if caller is None else caller.name)
+    return {"model": model, "state": service.health.states().get(("model", model), "closed")}
 
 
 @api.get("/policy", summary="The policy in force")

@@ -11,6 +11,7 @@ from router_ml.policy import Policy
 from router_ml.reasons import kind
 from router_ml.store import Store
 from router_ml.types import RouteDecision, RouteRequest
+from serving.health import Health
 from serving.live import LiveRouter
 
 SECONDS = (
@@ -22,10 +23,10 @@ SECONDS = (
 class Metrics:
     """What the service counts as it goes; the state of store and bundle is read when the metrics are."""
 
-    def __init__(self, live: LiveRouter, store: Store) -> None:
+    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.registry.register(_State(live, store))
+        self.registry.register(_State(live, store, health))
         self._decisions = Counter(
             "router_decisions", "Decisions made.", ["model", "tier", "reason"], registry=self.registry
         )
@@ -76,9 +77,10 @@ class Metrics:
 class _State:
     """What the holder and the store know, as metrics."""
 
-    def __init__(self, live: LiveRouter, store: Store) -> None:
+    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
         self.live = live
         self.store = store
+        self.health = health
 
     def describe(self) -> list[Metric]:
         return []
@@ -93,6 +95,10 @@ class _State:
         yield GaugeMetricFamily("router_bundle_loaded_timestamp_seconds", "When it was loaded.", now.loaded_at)
         yield CounterMetricFamily("router_bundle_reloads", "Bundles loaded after the first.", self.live.reloads)
         yield CounterMetricFamily("router_bundle_reload_failures", "Loads that kept the last good.", self.live.failures)
+        circuits = GaugeMetricFamily("router_circuit_open", "1 open, 0.5 half open, 0 closed.", labels=["name", "of"])
+        for (of, name), state in self.health.states().items():
+            circuits.add_metric([name, of], {"open": 1.0, "half-open": 0.5, "closed": 0.0}[state])
+        yield circuits
         yield GaugeMetricFamily("router_store_queue", "Rows that wait for their commit.", self.store.pending)
         counted = self.store.counters
         yield CounterMetricFamily("router_store_decisions", "Decisions committed.", counted.decisions)

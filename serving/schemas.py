@@ -255,6 +255,21 @@ class OutcomeAnswer(TypedDict):
     request_id: str | None
 
 
+class HealthBody(BaseModel):
+    """What a gateway knows of a model: open takes it out until further notice, auto leaves it to outcomes again."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    state: Literal["open", "closed", "auto"]
+
+
+class HealthAnswer(TypedDict):
+    """A model's circuit as it is now."""
+
+    model: str
+    state: Literal["open", "half-open", "closed"]
+
+
 class ModelsAnswer(TypedDict):
     """The catalogue that the router chooses from."""
 

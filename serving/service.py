@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 
 from router_ml.errors import NoEligibleModelError
 from router_ml.store import Store
-from router_ml.types import Estimate, RouteDecision, RouteRequest
+from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
+from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
 from serving.metrics import Metrics
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.settings import Settings
+
+_ROUTED = 50_000
 
 
 @dataclass
@@ -25,6 +29,9 @@ class Service:
     live: LiveRouter
     store: Store
     metrics: Metrics
+    health: Health
+    routed: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    """The latest decisions' chosen models by their ids, for outcomes that name a decision alone."""
     draining: bool = False
 
     def note(self, live: Live, who: str) -> None:
@@ -39,7 +46,7 @@ class Service:
         """Decides and counts. Raises what `Router.decide` does."""
         started = time.perf_counter()
         try:
-            decision, estimate = live.router.decide_with_estimate(asked)
+            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers))
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
             raise
@@ -57,8 +64,25 @@ class Service:
                 "messages": json.dumps(body.messages) if body.messages is not None else None,
                 "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
             }
+        self.routed[decision.decision_id] = decision.model
+        if len(self.routed) > _ROUTED:
+            self.routed.popitem(last=False)
+        self.health.chosen(decision.model, live.providers[decision.model])
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Takes an outcome's word for how the models answer. One that names no model of a known decision says nothing.
+
+        Where another model served than the chosen one, the chosen one has failed.
+        """
+        providers = self.live.live.providers
+        chosen = self.routed.get(outcome.decision_id or "")
+        served = outcome.served_model or chosen
+        if outcome.status != "cancelled" and served in providers:
+            self.health.report(served, providers[served], failed=outcome.status in FAILED)
+        if chosen in providers and served != chosen:
+            self.health.report(chosen, providers[chosen], failed=True)
 
 
 def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:

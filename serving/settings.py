@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from router_ml.errors import InputError
+from serving.health import HealthSettings
 from serving.keys import KEYS_VARIABLE, ApiKey
 
 STORE_PROMPTS = ("none", "features", "text")
@@ -24,7 +25,8 @@ class Settings:
     request: "none", "features" (what the learner saw: its embedding and statistics, which explain the decision later
     and are enough to train again), or "text" beside these.
     `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
-    loopback host is allowed. On SIGTERM readiness goes off at once and the port closes `drain_seconds` later.
+    loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
+    and the port closes `drain_seconds` later.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -38,6 +40,7 @@ class Settings:
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 2 * 1024 * 1024
     max_concurrency: int | None = None
+    health: HealthSettings = field(default_factory=HealthSettings)
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
 

@@ -486,7 +486,16 @@ def test_the_openapi_document_names_bodies_answers_and_problems(live: Running) -
     document = live.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         *("/route", "/route/preview", "/route/batch", "/routing/v1/chat/completions", "/outcomes"),
-        *("/models", "/policy", "/metrics", "/admin/reload", "/admin/changes", "/healthz", "/readyz"),
+        *(
+            "/models",
+            "/policy",
+            "/metrics",
+            "/models/{model}/health",
+            "/admin/reload",
+            "/admin/changes",
+            "/healthz",
+            "/readyz",
+        ),
     }
     route = document["paths"]["/route"]["post"]
     assert route["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/RouteBody")

@@ -1,0 +1,155 @@
+"""Which models answer just now: a circuit a model and a provider, opened by outcomes, closed by probes (Nygard 2007).
+
+A closed circuit opens when enough of the calls in a window failed. An open one keeps its model out for a while; then it
+is half open: a few requests may try, and what becomes of them closes it or opens it again. A gateway that knows better
+sets a circuit itself. Everything here is in memory and takes microseconds; where nothing is open, nothing is looked at.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from router_ml.errors import InputError
+
+State = Literal["closed", "open", "half-open"]
+FAILED = ("error", "timeout", "rate_limited")
+_NONE: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthSettings:
+    """When circuits open and close. Raises InputError for values out of range.
+
+    A circuit opens when of at least `min_calls` calls in the last `window_seconds` at least `failure_share` failed; a
+    provider's only when these were calls of two of its models. After `open_seconds` it lets `probes` requests through,
+    and again as many each `open_seconds` in which none of them came back.
+    """
+
+    window_seconds: float = 60.0
+    min_calls: int = 5
+    failure_share: float = 0.5
+    open_seconds: float = 30.0
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window_seconds <= 0 or self.open_seconds <= 0 or self.min_calls < 1 or self.probes < 1:
+            raise InputError("health needs window_seconds and open_seconds above 0, min_calls and probes of 1 or more")
+        if not 0.0 < self.failure_share <= 1.0:
+            raise InputError(f"health's failure_share {self.failure_share} has to lie in (0, 1]")
+
+
+@dataclass(slots=True)
+class _Circuit:
+    calls: deque[tuple[float, bool, str]] = field(default_factory=deque)  # when, failed, of which model
+    opened: float | None = None
+    why: str = ""
+    probing: int = 0
+    probed_at: float = 0.0
+    forced: bool = False
+
+
+class Health:
+    """The circuits of one process; every method may be called from any thread. `clock` gives monotonic seconds."""
+
+    def __init__(self, settings: HealthSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._circuits: dict[tuple[str, str], _Circuit] = {}
+        self._open: set[tuple[str, str]] = set()
+
+    def report(self, model: str, provider: str, *, failed: bool) -> None:
+        """Takes in how a call of a model ended."""
+        now = self._clock()
+        with self._lock:
+            for key in (("model", model), ("provider", provider)):
+                circuit = self._circuits.setdefault(key, _Circuit())
+                if circuit.opened is not None:
+                    if not circuit.forced:
+                        self._probed(key, circuit, now, failed)
+                    continue
+                circuit.calls.append((now, failed, model))
+                while circuit.calls[0][0] < now - self.settings.window_seconds:
+                    circuit.calls.popleft()
+                self._judge(key, circuit, now)
+
+    def down(self, providers: Mapping[str, str]) -> Mapping[str, str]:
+        """The models to keep out just now, of those in `providers` (model to provider), and why."""
+        if not self._open:
+            return _NONE
+        now = self._clock()
+        with self._lock:
+            shut = {key: circuit.why for key in self._open if self._blocks(circuit := self._circuits[key], now)}
+        return {
+            model: shut.get(("model", model)) or shut[("provider", provider)]
+            for model, provider in providers.items()
+            if ("model", model) in shut or ("provider", provider) in shut
+        }
+
+    def chosen(self, model: str, provider: str) -> None:
+        """Says that a request goes to the model: the probe of a circuit that is half open."""
+        if not self._open:
+            return
+        now = self._clock()
+        with self._lock:
+            for key in (("model", model), ("provider", provider)):
+                if key in self._open and not self._circuits[key].forced:
+                    self._circuits[key].probing += 1
+                    self._circuits[key].probed_at = now
+
+    def set(self, model: str, state: Literal["open", "closed", "auto"], who: str) -> None:
+        """Opens a model's circuit until further notice, closes it, or leaves it to outcomes again (which closes it)."""
+        key = ("model", model)
+        with self._lock:
+            if state == "open":
+                circuit = self._circuits.setdefault(key, _Circuit())
+                circuit.opened, circuit.forced, circuit.why = self._clock(), True, f"taken out by {who}"
+                self._open.add(key)
+            else:
+                self._circuits.pop(key, None)
+                self._open.discard(key)
+
+    def states(self) -> dict[tuple[str, str], State]:
+        """The state of every circuit that has seen a call, by ("model" or "provider", its name)."""
+        now = self._clock()
+        with self._lock:
+            return {key: self._state(circuit, now) for key, circuit in self._circuits.items()}
+
+    def _state(self, circuit: _Circuit, now: float) -> State:
+        if circuit.opened is None:
+            return "closed"
+        return "open" if circuit.forced or now < circuit.opened + self.settings.open_seconds else "half-open"
+
+    def _blocks(self, circuit: _Circuit, now: float) -> bool:
+        if self._state(circuit, now) == "open":
+            return True
+        lost = now >= circuit.probed_at + self.settings.open_seconds  # probes that were never reported
+        if lost:
+            circuit.probing = 0
+        return circuit.probing >= self.settings.probes
+
+    def _probed(self, key: tuple[str, str], circuit: _Circuit, now: float, failed: bool) -> None:
+        if self._state(circuit, now) != "half-open":
+            return  # a call from before it opened
+        circuit.probing = 0
+        if failed:
+            circuit.opened = now
+        else:
+            self._circuits[key] = _Circuit()
+            self._open.discard(key)
+
+    def _judge(self, key: tuple[str, str], circuit: _Circuit, now: float) -> None:
+        total, bad = len(circuit.calls), sum(failed for _, failed, _ in circuit.calls)
+        enough = total >= self.settings.min_calls and bad >= self.settings.failure_share * total
+        if not enough or (key[0] == "provider" and len({m for _, failed, m in circuit.calls if failed}) < 2):
+            return
+        whose = "" if key[0] == "model" else f" of provider {key[1]!r}"
+        circuit.opened, circuit.probing = now, 0
+        circuit.why = f"circuit open: {bad} of {total} calls{whose} failed in {self.settings.window_seconds:g} s"
+        circuit.calls.clear()
+        self._open.add(key)
