@@ -28,7 +28,7 @@ from router_ml.types import FloatArray
 
 MAX_TOKENS = 254
 """Tokens that are read, as many as all-MiniLM-L6-v2 was trained with, less its two marks at the ends."""
-_REMEMBERED = 1 << 15
+_REMEMBERED = 1 << 14
 
 
 class Bert:
@@ -170,11 +170,17 @@ def _model(config: bytes, weights: bytes) -> Any:
             f"a transformer encoder needs torch and transformers ({error}): pip install 'router-ml[transformer]', "
             "or train with '--encoder static'"
         ) from None
-    stated = json.loads(config)
+    try:
+        stated = json.loads(config)
+    except ValueError as error:
+        raise BundleError(f"the encoder's config.json is not JSON: {error}") from None
     if stated.get("model_type") != "bert":
         raise BundleError(f"the encoder is a {stated.get('model_type')!r} model: only those of type 'bert' are read")
-    model = transformers.BertModel(transformers.BertConfig(**stated), add_pooling_layer=False)
-    missing = model.load_state_dict(load(weights), strict=False).missing_keys
+    try:
+        model = transformers.BertModel(transformers.BertConfig(**stated), add_pooling_layer=False)
+        missing = model.load_state_dict(load(weights), strict=False).missing_keys
+    except Exception as error:
+        raise BundleError(f"the encoder's weights do not fit its config.json ({type(error).__name__})") from error
     if missing:
         raise BundleError(f"the encoder's weights lack {missing[0]} and {len(missing) - 1} others")
     return model.eval()

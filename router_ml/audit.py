@@ -7,7 +7,6 @@ the store alone can tell of every decision which models it offered and what thes
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from router_ml.router import new_id
 from router_ml.tables import CHANGES, DECISIONS
 
 KINDS = ("model", "policy", "keys")
+_NEWEST = (CHANGES.c.time_us.desc(), CHANGES.c.change_id.desc())
 _PAGE = 1_000
 
 
@@ -34,14 +34,16 @@ class Violation:
     problem: str
 
 
-def note(connection: sa.Connection, kind: str, who: str, after: Mapping[str, Any]) -> bool:
-    """Appends what `kind` is from now on, with what it was before; False where that is the same."""
-    latest = sa.select(CHANGES.c.after).where(CHANGES.c.kind == kind).order_by(CHANGES.c.time_us.desc()).limit(1)
+def note(connection: sa.Connection, kind: str, who: str, time_us: int, after: Mapping[str, Any]) -> bool:
+    """Appends what `kind` is since `time_us`, with what it was before; False where that is the same."""
+    if connection.dialect.name == "postgresql":  # another process must not note the same beside us
+        connection.execute(sa.text("select pg_advisory_xact_lock(7205759404)"))
+    latest = sa.select(CHANGES.c.after).where(CHANGES.c.kind == kind).order_by(*_NEWEST).limit(1)
     before = connection.execute(latest).scalar_one_or_none()
     content = json.dumps(after, sort_keys=True)
     if before == content:
         return False
-    row = {"change_id": new_id(), "time_us": time.time_ns() // 1000, "kind": kind, "who": who}
+    row = {"change_id": new_id(), "time_us": time_us, "kind": kind, "who": who}
     connection.execute(CHANGES.insert(), {**row, "before": before, "after": content})
     return True
 
@@ -49,7 +51,7 @@ def note(connection: sa.Connection, kind: str, who: str, after: Mapping[str, Any
 def changes(engine: sa.Engine) -> list[dict[str, Any]]:
     """All changes, oldest first: time_us, kind, who, before, after."""
     with engine.connect() as connection:
-        found = connection.execute(sa.select(CHANGES).order_by(CHANGES.c.time_us)).mappings().all()
+        found = connection.execute(sa.select(CHANGES).order_by(CHANGES.c.time_us, CHANGES.c.change_id)).mappings().all()
     return [
         {
             **row,

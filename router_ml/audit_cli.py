@@ -6,8 +6,14 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from router_ml.errors import InputError
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 _SHOWN = 20
 STORE = click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
@@ -27,9 +33,8 @@ def changes(store: str, as_json: bool) -> None:
     Example: router-ml audit changes --store router-ml.db
     """
     from router_ml.audit import changes as noted
-    from router_ml.tables import open_database
 
-    for change in noted(open_database(store)):
+    for change in noted(_opened(store)):
         if as_json:
             click.echo(json.dumps(change))
         else:
@@ -61,9 +66,9 @@ def residency(store: str, catalog: tuple[tuple[str, Path], ...], since: datetime
     from router_ml.audit import changes as noted
     from router_ml.audit import residency as violations
     from router_ml.catalog import Catalog
-    from router_ml.tables import DECISIONS, open_database
+    from router_ml.tables import DECISIONS
 
-    engine = open_database(store)
+    engine = _opened(store)
     known = catalogs(noted(engine))
     for version, file in catalog:
         known.setdefault(version, []).append(Catalog.load(file))
@@ -84,6 +89,14 @@ def residency(store: str, catalog: tuple[tuple[str, Path], ...], since: datetime
         click.echo(f"… and {found - _SHOWN} more")
     click.echo(f"{total} decisions, {found} violations")
     sys.exit(1 if found else 0)
+
+
+def _opened(store: str) -> sa.Engine:
+    from router_ml.tables import open_database
+
+    if "://" not in store and not Path(store).is_file():
+        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
+    return open_database(store)
 
 
 def _time(time_us: int) -> str:

@@ -84,7 +84,7 @@ class Store:
         self._engine = open_database(url)
         self._decisions: deque[dict[str, Any]] = deque()
         self._outcomes: deque[_Pending] = deque()
-        self._changes: deque[tuple[str, str, dict[str, Any]]] = deque()
+        self._changes: deque[tuple[str, str, int, dict[str, Any]]] = deque()
         self._in_flight = 0
         self._text = 0  # characters of prompt text that wait for their commit
         self._text_lock = threading.Lock()
@@ -194,7 +194,7 @@ class Store:
 
     def note_change(self, kind: str, who: str, after: Mapping[str, Any]) -> None:
         """Queues what `kind` (of `audit.KINDS`) is from now on for the audit log, which leaves out what is the same."""
-        self._changes.append((kind, who, dict(after)))
+        self._changes.append((kind, who, time.time_ns() // 1000, dict(after)))
         self._hurry()
 
     def changes(self) -> list[dict[str, Any]]:
@@ -249,10 +249,6 @@ class Store:
         decisions = [self._decisions.popleft() for _ in range(min(len(self._decisions), BATCH))]
         outcomes = [self._outcomes.popleft() for _ in range(min(len(self._outcomes), BATCH))]
         try:
-            while self._changes:
-                with self._engine.begin() as connection:
-                    audit.note(connection, *self._changes[0])
-                self._changes.popleft()
             self._commit(decisions, outcomes)
         except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
             self.counters.failures += 1
@@ -266,6 +262,20 @@ class Store:
             self._in_flight = 0
         with self._text_lock:
             self._text -= sum(len(row[name] or "") for row in decisions for name in ("prompt", "messages", "tools"))
+        return self._note_changes()
+
+    def _note_changes(self) -> bool:
+        """Appends what waits for the audit log; False when the database is away."""
+        while self._changes:
+            try:
+                with self._engine.begin() as connection:
+                    audit.note(connection, *self._changes[0])
+            except sa.exc.OperationalError:
+                return False
+            except Exception as error:  # noqa: BLE001 (one that can never be kept must not hold up the others)
+                self.counters.dropped += 1
+                log.error("a change of %s cannot be noted: %s", self._changes[0][0], type(error).__name__)
+            self._changes.popleft()
         return True
 
     def _commit(self, decisions: Sequence[dict[str, Any]], outcomes: Sequence[_Pending]) -> None:

@@ -139,6 +139,11 @@ _APPEND_ONLY = {
         f"CREATE TRIGGER IF NOT EXISTS changes_no_{what} BEFORE {what} ON changes "
         "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
         for what in ("update", "delete")
+    ]
+    + [  # INSERT OR REPLACE deletes without the triggers for it
+        "CREATE TRIGGER IF NOT EXISTS changes_no_replace BEFORE INSERT ON changes "
+        "WHEN EXISTS (SELECT 1 FROM changes WHERE change_id = NEW.change_id OR rowid = NEW.rowid) "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
     ],
     "postgresql": [
         "CREATE OR REPLACE FUNCTION changes_append_only() RETURNS trigger AS "

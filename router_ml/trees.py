@@ -8,6 +8,7 @@ oracle of the tests, and a process that only serves never loads the library.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,6 +109,8 @@ def _tree(stated: dict[str, str]) -> tuple[list[int], list[float], list[int], li
     left, right = ([int(v) for v in stated[side].split()] for side in ("left_child", "right_child"))
     if set(map(int, stated["decision_type"].split())) - _PLAIN_SPLIT or not len(feature) == len(threshold) == n - 1:
         raise ValueError("a split that is not numerical, or with missing values")
+    if not all(map(math.isfinite, threshold)):
+        raise ValueError("a threshold that is not a number")
 
     def leaves(node: int) -> list[int]:
         return [~node] if node < 0 else leaves(left[node]) + leaves(right[node])

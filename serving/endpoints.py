@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, cast
 
 from fastapi import APIRouter, Security
@@ -37,6 +38,7 @@ from serving.schemas import (
 )
 from serving.service import Service, answer_of
 
+log = logging.getLogger(__name__)
 _CONTENT = {MEDIA_TYPE: {"schema": TypeAdapter(ProblemAnswer).json_schema()}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON", "content": _CONTENT},
@@ -51,8 +53,8 @@ _STORED: dict[int | str, dict[str, Any]] = {
     503: {"description": "The store cannot take it now", "content": _CONTENT},
 }
 _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="x-api-key", auto_error=False))]
-_ROUTE, _OUTCOMES, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
-_HEALTH = _OUTCOMES | {
+_ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
+_HEALTH = _SET_HEALTH | {
     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
 }
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such model", "content": _CONTENT}}
@@ -67,13 +69,16 @@ async def route(body: RouteBody, request: Request) -> RouteAnswer:
 
 @api.post("/route/preview", summary="What /route would answer", openapi_extra=_ROUTE)
 async def preview(body: RouteBody, request: Request) -> RouteAnswer:
-    """The same answer, but nothing is recorded: its `decision_id` takes no outcomes, and no metric counts it."""
+    """The same answer, but nothing is recorded: its `decision_id` takes no outcomes, and it counts as no decision."""
     return await _answer(body, request, record=False)
 
 
 @api.post("/route/batch", summary="Choose models for several requests", openapi_extra=_ROUTE)
 async def batch(body: BatchBody, request: Request) -> BatchAnswer:
-    """A decision, or a problem, for each request in order. The event loop is free for others between them."""
+    """A decision, or a problem, for each request in order. The event loop is free for others between them.
+
+    A body that is not valid refuses the batch whole; what only deciding finds out is that one request's problem.
+    """
     results: list[BatchItem] = []
     for one in body.requests:
         try:
@@ -105,8 +110,12 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers))
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
-        explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
-        answer["explanation"] = cast("ExplanationAnswer", explanation)
+        try:
+            explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
+        except Exception as error:  # noqa: BLE001 (the decision stands, and is recorded)
+            log.error("decision %s is not explained: %s", decision.decision_id, type(error).__name__)
+        else:
+            answer["explanation"] = cast("ExplanationAnswer", explanation)
     return answer
 
 
@@ -120,8 +129,8 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     caller, outcome = request.scope["caller"], body.to_outcome()
     name = None if caller is None else caller.name
     receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
-    if not receipt.replayed:
-        service.observe(outcome)
+    if not receipt.replayed and "status" in body.model_fields_set:  # feedback alone says nothing of the call
+        service.observe(outcome, name)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 
@@ -135,10 +144,10 @@ async def models(request: Request) -> ModelsAnswer:
 @api.put("/models/{model:path}/health", summary="Set a model's circuit", openapi_extra=_HEALTH, responses=_UNKNOWN)
 async def set_health(body: HealthBody, request: Request) -> HealthAnswer:
     """For a gateway that knows of an outage before its outcomes tell."""
-    service, caller, model = request.app.state.service, request.scope["caller"], request.path_params["model"]
+    service, model = request.app.state.service, request.path_params["model"]
     if model not in service.live.live.providers:
         raise ProblemError(404, "not-found", f"the catalogue has no model {model!r}: GET /models lists them")
-    service.health.set(model, body.state, "anyone" if caller is None else caller.name)
+    service.health.set(model, body.state)
     return {"model": model, "state": service.health.states().get(("model", model), "closed")}
 
 
@@ -157,7 +166,7 @@ async def metrics(request: Request) -> Response:
 
 @api.post("/admin/reload", summary="Load bundle and policy again now", openapi_extra=_ADMIN)
 async def reload(request: Request) -> VersionsAnswer:
-    """What is served then. A bundle or policy that cannot be used is a 503, and what was served before still is."""
+    """What is served then. A bundle or policy that cannot be used is an error, and what was served before still is."""
     service, caller = request.app.state.service, request.scope["caller"]
     who = "anyone" if caller is None else caller.name
     router = (await asyncio.to_thread(service.live.reload, None, who)).router

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,10 +46,10 @@ class HealthSettings:
 @dataclass(slots=True)
 class _Circuit:
     calls: deque[tuple[float, bool, str]] = field(default_factory=deque)  # when, failed, of which model
+    failures: Counter[str] = field(default_factory=Counter)  # of the calls, by model
     opened: float | None = None
     why: str = ""
-    probing: int = 0
-    probed_at: float = 0.0
+    probes: dict[str, float] = field(default_factory=dict)  # decision id: when it was let through
     forced: bool = False
 
 
@@ -63,19 +63,21 @@ class Health:
         self._circuits: dict[tuple[str, str], _Circuit] = {}
         self._open: set[tuple[str, str]] = set()
 
-    def report(self, model: str, provider: str, *, failed: bool) -> None:
-        """Takes in how a call of a model ended."""
+    def report(self, model: str, provider: str, *, failed: bool, decision_id: str = "") -> None:
+        """Takes in how a call of a model ended. A half-open circuit listens to the decisions that it let through."""
         now = self._clock()
         with self._lock:
             for key in (("model", model), ("provider", provider)):
                 circuit = self._circuits.setdefault(key, _Circuit())
                 if circuit.opened is not None:
-                    if not circuit.forced:
+                    if not circuit.forced and decision_id in circuit.probes:
                         self._probed(key, circuit, now, failed)
                     continue
                 circuit.calls.append((now, failed, model))
+                circuit.failures[model] += failed
                 while circuit.calls[0][0] < now - self.settings.window_seconds:
-                    circuit.calls.popleft()
+                    _, bad, whose = circuit.calls.popleft()
+                    circuit.failures[whose] -= bad
                 self._judge(key, circuit, now)
 
     def down(self, providers: Mapping[str, str]) -> Mapping[str, str]:
@@ -91,24 +93,26 @@ class Health:
             if ("model", model) in shut or ("provider", provider) in shut
         }
 
-    def chosen(self, model: str, provider: str) -> None:
-        """Says that a request goes to the model: the probe of a circuit that is half open."""
+    def chosen(self, model: str, provider: str, decision_id: str) -> None:
+        """Says that a decision goes to the model: it probes a circuit that is half open.
+
+        A model whose own circuit is not closed is no probe of its provider: it would keep the others out with it.
+        """
         if not self._open:
             return
         now = self._clock()
         with self._lock:
-            for key in (("model", model), ("provider", provider)):
-                if key in self._open and not self._circuits[key].forced:
-                    self._circuits[key].probing += 1
-                    self._circuits[key].probed_at = now
+            key = ("model", model) if ("model", model) in self._open else ("provider", provider)
+            if key in self._open and not self._blocks(circuit := self._circuits[key], now):
+                circuit.probes[decision_id] = now
 
-    def set(self, model: str, state: Literal["open", "closed", "auto"], who: str) -> None:
+    def set(self, model: str, state: Literal["open", "closed", "auto"]) -> None:
         """Opens a model's circuit until further notice, closes it, or leaves it to outcomes again (which closes it)."""
         key = ("model", model)
         with self._lock:
             if state == "open":
                 circuit = self._circuits.setdefault(key, _Circuit())
-                circuit.opened, circuit.forced, circuit.why = self._clock(), True, f"taken out by {who}"
+                circuit.opened, circuit.forced, circuit.why = self._clock(), True, "taken out by hand"
                 self._open.add(key)
             else:
                 self._circuits.pop(key, None)
@@ -128,15 +132,13 @@ class Health:
     def _blocks(self, circuit: _Circuit, now: float) -> bool:
         if self._state(circuit, now) == "open":
             return True
-        lost = now >= circuit.probed_at + self.settings.open_seconds  # probes that were never reported
-        if lost:
-            circuit.probing = 0
-        return circuit.probing >= self.settings.probes
+        lost = [i for i, at in circuit.probes.items() if now >= at + self.settings.open_seconds]  # never reported
+        for i in lost:
+            del circuit.probes[i]
+        return len(circuit.probes) >= self.settings.probes
 
     def _probed(self, key: tuple[str, str], circuit: _Circuit, now: float, failed: bool) -> None:
-        if self._state(circuit, now) != "half-open":
-            return  # a call from before it opened
-        circuit.probing = 0
+        circuit.probes.clear()
         if failed:
             circuit.opened = now
         else:
@@ -144,12 +146,11 @@ class Health:
             self._open.discard(key)
 
     def _judge(self, key: tuple[str, str], circuit: _Circuit, now: float) -> None:
-        total, bad = len(circuit.calls), sum(failed for _, failed, _ in circuit.calls)
+        total, bad = len(circuit.calls), circuit.failures.total()
         enough = total >= self.settings.min_calls and bad >= self.settings.failure_share * total
-        if not enough or (key[0] == "provider" and len({m for _, failed, m in circuit.calls if failed}) < 2):
+        if not enough or (key[0] == "provider" and sum(n > 0 for n in circuit.failures.values()) < 2):
             return
         whose = "" if key[0] == "model" else f" of provider {key[1]!r}"
-        circuit.opened, circuit.probing = now, 0
-        circuit.why = f"circuit open: {bad} of {total} calls{whose} failed in {self.settings.window_seconds:g} s"
-        circuit.calls.clear()
+        why = f"circuit open: {bad} of {total} calls{whose} failed in {self.settings.window_seconds:g} s"
+        self._circuits[key] = _Circuit(opened=now, why=why)
         self._open.add(key)

@@ -19,7 +19,7 @@ from router_ml.types import RouteRequest
 from serving.problems import ProblemError
 
 KEYS_VARIABLE = "ROUTER_ML_API_KEYS"
-SCOPES = ("route", "outcomes", "admin")
+SCOPES = ("route", "outcomes", "health", "admin")
 _LISTS = ("scopes", "models", "tiers", "data_classes")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -163,7 +163,10 @@ def read_api_keys(path: Path | None, variable: str | None) -> dict[str, ApiKey]:
             keys[name] = _named(name, table, str(path))
     for entry in filter(None, (variable or "").split(",")):
         name, _, digest = entry.strip().partition("=")
-        keys[name] = _named(name, digest, KEYS_VARIABLE)
+        fresh = _named(name, digest, KEYS_VARIABLE)
+        keys[name] = replace(keys[name], sha256=digest) if name in keys else fresh  # a new hash, the same bounds
+    if len({key.sha256 for key in keys.values()}) < len(keys):
+        raise InputError(f"{path or KEYS_VARIABLE}: two API keys have the same hash: which of them asks cannot be told")
     if not keys and (path is not None or variable):
         raise InputError(f"{path or KEYS_VARIABLE} holds no API keys: add one, or leave it out")
     return keys

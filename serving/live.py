@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0  # after a failed load with nothing changed on disk since
 SETTLE_SECONDS = 0.1  # files that have changed are read when they have been left alone for so long
+SETTLE_LOOKS = 50
 WARM_UP = RouteRequest(messages=(Message("user", "Which of these two numbers is larger, 9.11 or 9.9?"),))
 Signature = tuple[tuple[str, int, int, int], ...]
 
@@ -110,8 +111,9 @@ class LiveRouter:
             retry = self.last_error is not None and time.monotonic() >= self._retry_at
             # No signature: the bundle is being replaced at this moment, or gone.
             if now and now != self._seen:  # someone may be writing still: half a policy is another policy
-                while now != (now := await self._later()):
-                    continue
+                for _ in range(SETTLE_LOOKS):
+                    if now == (now := await self._later()):
+                        break
             if now and (now != self._seen or retry):
                 with contextlib.suppress(RouterError):
                     await asyncio.to_thread(self.reload)

@@ -211,7 +211,7 @@ class BatchItem(TypedDict):
 
 
 class BatchAnswer(TypedDict):
-    """The answers in the order of the requests. One request's mistake is no other's."""
+    """The answers in the order of the requests."""
 
     results: list[BatchItem]
 

@@ -30,8 +30,8 @@ class Service:
     store: Store
     metrics: Metrics
     health: Health
-    routed: OrderedDict[str, str] = field(default_factory=OrderedDict)
-    """The latest decisions' chosen models by their ids, for outcomes that name a decision alone."""
+    routed: OrderedDict[str, tuple[RouteDecision, str | None]] = field(default_factory=OrderedDict)
+    """The latest decisions whose outcome is awaited, by id, with the name of the key that asked."""
     draining: bool = False
 
     def note(self, live: Live, who: str) -> None:
@@ -64,25 +64,28 @@ class Service:
                 "messages": json.dumps(body.messages) if body.messages is not None else None,
                 "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
             }
-        self.routed[decision.decision_id] = decision.model
+        self.routed[decision.decision_id] = (decision, asked.key)
         if len(self.routed) > _ROUTED:
             self.routed.popitem(last=False)
-        self.health.chosen(decision.model, live.providers[decision.model])
+        self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
 
-    def observe(self, outcome: Outcome) -> None:
-        """Takes an outcome's word for how the models answer. One that names no model of a known decision says nothing.
+    def observe(self, outcome: Outcome, key: str | None) -> None:
+        """Takes an outcome's word for how the models answer: a decision's first, from the key that asked for it.
 
-        Where another model served than the chosen one, the chosen one has failed.
+        Where another of its candidates served than the chosen one, the chosen one has failed.
         """
-        providers = self.live.live.providers
-        chosen = self.routed.get(outcome.decision_id or "")
-        served = outcome.served_model or chosen
-        if outcome.status != "cancelled" and served in providers:
-            self.health.report(served, providers[served], failed=outcome.status in FAILED)
-        if chosen in providers and served != chosen:
-            self.health.report(chosen, providers[chosen], failed=True)
+        decision, asked = self.routed.get(outcome.decision_id or "", (None, None))
+        if decision is None or asked != key:
+            return
+        del self.routed[decision.decision_id]
+        providers, of = self.live.live.providers, decision.decision_id
+        served = outcome.served_model or decision.model
+        if outcome.status != "cancelled" and served in providers and served in {c.model for c in decision.candidates}:
+            self.health.report(served, providers[served], failed=outcome.status in FAILED, decision_id=of)
+            if served != decision.model and decision.model in providers:
+                self.health.report(decision.model, providers[decision.model], failed=True, decision_id=of)
 
 
 def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:

@@ -77,8 +77,24 @@ def test_the_database_itself_keeps_what_was_noted(backend: str, tmp_path: Path, 
     for statement in ("update changes set who = 'nobody'", "delete from changes"):
         with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
             connection.exec_driver_sql(statement)
+    if backend == "sqlite":
+        columns = "change_id, time_us, kind, who, before, after"
+        values = columns.replace("who", "'nobody'")
+        for statement in (
+            f"insert or replace into changes select {values} from changes",
+            f"insert or replace into changes (rowid, {columns}) select rowid, {values} from changes",
+        ):
+            with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+                connection.exec_driver_sql(statement)
     assert [c["who"] for c in store.changes()] == ["me", "you"]
     store.close()
+
+
+def test_a_store_that_is_not_there_proves_nothing(tmp_path: Path) -> None:
+    for command in ("residency", "changes"):
+        said = CliRunner().invoke(main, ["audit", command, "--store", str(tmp_path / "typo.db")])
+        assert said.exit_code not in (0, 1) and "there is no store" in said.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def residency(store: Path, *options: str) -> tuple[int, str]:

@@ -114,6 +114,12 @@ def test_models_never_seen_one_class_models_and_tiny_models(data: Dataset) -> No
     assert p.min() > 0.001 and p.max() < 0.9999
 
 
+def test_few_long_sessions_are_enough_folds(data: Dataset) -> None:
+    three = Dataset(**{**_fields(data), "group": np.arange(len(data)) % 3})
+    made = fit(three, encoder="lexical")
+    assert np.isfinite(made.out_of_fold).all()
+
+
 def test_too_little_says_how_much_is_needed(data: Dataset) -> None:
     with pytest.raises(InputError, match="20 of each are the least"):
         fit(data.take(np.arange(5)), encoder="lexical")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def health(clock: Clock) -> Health:
     return Health(HealthSettings(window_seconds=60, min_calls=4, failure_share=0.5, open_seconds=30), clock)
 
 
-def fail(health: Health, model: str, times: int, *, failed: bool = True) -> None:
+def fail(health: Health, model: str, times: int, *, failed: bool = True, of: str = "") -> None:
     for _ in range(times):
-        health.report(model, PROVIDERS[model], failed=failed)
+        health.report(model, PROVIDERS[model], failed=failed, decision_id=of)
 
 
 def test_enough_failures_in_the_window_open_it(health: Health, clock: Clock) -> None:
@@ -69,14 +70,16 @@ def test_half_open_lets_one_through_and_its_outcome_decides(health: Health, cloc
     assert "a" in health.down(PROVIDERS)
     clock.now += 2
     assert health.states()[("model", "a")] == "half-open" and health.down(PROVIDERS) == {}
-    health.chosen("a", "one")
+    health.chosen("a", "one", "probe")
     assert "a" in health.down(PROVIDERS)  # one is enough
-    fail(health, "a", 1)
+    fail(health, "a", 1, failed=False)  # of a call from before
+    assert "a" in health.down(PROVIDERS)
+    fail(health, "a", 1, of="probe")
     clock.now += 29
     assert "a" in health.down(PROVIDERS)
     clock.now += 2
-    health.chosen("a", "one")
-    fail(health, "a", 1, failed=False)
+    health.chosen("a", "one", "probe")
+    fail(health, "a", 1, failed=False, of="probe")
     assert health.down(PROVIDERS) == {} and health.states()[("model", "a")] == "closed"
     fail(health, "a", 3)
     assert health.down(PROVIDERS) == {}  # what was before is forgotten
@@ -85,7 +88,7 @@ def test_half_open_lets_one_through_and_its_outcome_decides(health: Health, cloc
 def test_a_probe_that_is_never_reported_is_not_waited_for_for_ever(health: Health, clock: Clock) -> None:
     fail(health, "a", 4)
     clock.now += 31
-    health.chosen("a", "one")
+    health.chosen("a", "one", "probe")
     assert "a" in health.down(PROVIDERS)
     clock.now += 31
     assert health.down(PROVIDERS) == {}
@@ -102,15 +105,50 @@ def test_a_late_failure_does_not_prolong_an_open_circuit(health: Health, clock: 
 
 
 def test_a_gateway_opens_and_closes_it_by_hand(health: Health, clock: Clock) -> None:
-    health.set("a", "open", "gateway")
+    health.set("a", "open")
     clock.now += 10_000
     fail(health, "a", 5, failed=False)
-    assert health.down(PROVIDERS) == {"a": "taken out by gateway"}
-    health.set("a", "auto", "gateway")
+    assert health.down(PROVIDERS) == {"a": "taken out by hand"}
+    health.set("a", "auto")
     assert health.down(PROVIDERS) == {}
     fail(health, "b", 4)
-    health.set("b", "closed", "gateway")
+    health.set("b", "closed")
     assert health.down(PROVIDERS) == {}
+
+
+def test_a_dead_model_does_not_keep_its_provider_out(health: Health, clock: Clock) -> None:
+    fail(health, "a", 4)
+    fail(health, "b", 4)
+    for round_ in range(3):
+        clock.now += 31
+        health.chosen("a", "one", f"a{round_}")  # the router prefers the one that stays dead
+        fail(health, "a", 1, of=f"a{round_}")
+        assert set(health.down(PROVIDERS)) == {"a"} if round_ else "b" not in health.down(PROVIDERS)
+        health.chosen("b", "one", f"b{round_}")
+        fail(health, "b", 1, failed=False, of=f"b{round_}")
+        clock.now += 0.1
+    health.set("b", "auto")
+    health.chosen("b", "one", "last")
+    fail(health, "b", 1, failed=False, of="last")
+    assert set(health.down(PROVIDERS)) == {"a"}
+
+
+def test_last_resort_traffic_does_not_keep_a_circuit_shut(health: Health, clock: Clock) -> None:
+    fail(health, "a", 4)
+    let_through = 0
+    for step in range(60):
+        clock.now += 10
+        let_through += "a" not in health.down(PROVIDERS)
+        health.chosen("a", "one", f"forced {step}")  # nothing else may serve it, and nobody reports
+    assert let_through >= 10
+
+
+def test_a_report_takes_the_same_time_however_many_calls_there_are() -> None:
+    health = Health(HealthSettings(window_seconds=1000))
+    fail(health, "c", 20_000, failed=False)
+    started = time.perf_counter()
+    fail(health, "c", 1000, failed=False)
+    assert (time.perf_counter() - started) / 1000 < 200e-6
 
 
 @pytest.mark.parametrize(
@@ -151,6 +189,20 @@ def test_outcomes_open_a_circuit_and_no_answer_offers_the_model(live: Running) -
     assert live.metric('router_excluded_total{constraint="circuit"}') >= 1
 
 
+def test_feedback_and_strangers_say_nothing_of_the_call(live: Running) -> None:
+    first = ask(live)["model"]
+    for _ in range(6):
+        answer = ask(live)
+        tell(live, answer["decision_id"], quality=0.0)
+        tell(live, "unknown", served_model=first, status="error", retries=_)
+        tell(live, answer["decision_id"], status="error", served_model="nobody")
+    assert ask(live)["model"] == first
+    answer = ask(live)
+    for retries in range(5):
+        tell(live, answer["decision_id"], status="error", retries=retries)  # one call, told of five times
+    assert ask(live)["model"] == first
+
+
 def test_a_fallback_that_served_tells_that_the_chosen_one_failed(live: Running) -> None:
     first = ask(live)["model"]
     for _ in range(3):
@@ -171,7 +223,7 @@ def test_a_gateway_sets_a_models_health(live: Running) -> None:
     first = ask(live)["model"]
     said = live.http.put(f"/models/{first}/health", json={"state": "open"})
     assert said.status_code == 200 and said.json() == {"model": first, "state": "open"}
-    assert ask(live)["excluded"][first] == "taken out by anyone"
+    assert ask(live)["excluded"][first] == "taken out by hand"
     assert live.http.put(f"/models/{first}/health", json={"state": "auto"}).json()["state"] == "closed"
     assert ask(live)["model"] == first
     assert live.http.put("/models/nobody/health", json={"state": "open"}).status_code == 404

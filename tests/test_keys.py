@@ -20,6 +20,7 @@ KEYS: dict[str, Any] = {
     "free": {"sha256": sha256("free")},
     "reader": {"sha256": sha256("reader"), "scopes": ["outcomes"]},
     "operator": {"sha256": sha256("operator"), "scopes": ["admin"]},
+    "nurse": {"sha256": sha256("nurse"), "scopes": ["health"]},
     "narrow": {
         "sha256": sha256("narrow"),
         "models": ["mid", "hosted"],
@@ -50,6 +51,8 @@ def ask(live: Running, key: str, **body: Any) -> tuple[int, dict[str, Any]]:
         ("operator", "/route", 403),
         ("reader", "/outcomes", 200),
         ("operator", "/outcomes", 403),
+        ("free", "/models/mid/health", 403),
+        ("nurse", "/models/mid/health", 200),
         ("free", "/route/preview", 200),
         ("reader", "/route/preview", 403),
         ("reader", "/route/batch", 403),
@@ -59,7 +62,10 @@ def ask(live: Running, key: str, **body: Any) -> tuple[int, dict[str, Any]]:
 )
 def test_a_key_does_what_its_scopes_say(live: Running, key: str, path: str, status: int) -> None:
     bodies = {"/outcomes": {"decision_id": "x", "quality": 1.0}, "/route/batch": {"requests": [{"prompt": "x"}]}}
-    said = live.http.post(path, json=bodies.get(path, {"prompt": "x"}), headers={"x-api-key": key})
+    method, body = (
+        ("PUT", {"state": "auto"}) if path.endswith("health") else ("POST", bodies.get(path, {"prompt": "x"}))
+    )
+    said = live.http.request(method, path, json=body, headers={"x-api-key": key})
     assert said.status_code == status
     if status == 403:
         assert said.json()["type"] == "urn:router-ml:problem:forbidden" and "of the scope" in said.json()["detail"]
@@ -118,7 +124,10 @@ names = st.sampled_from(["a", "b", "c", None])
 def test_no_body_widens_a_bound(tenant: Any, data_class: Any, tier: Any, data: st.DataObject) -> None:
     lists = st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "economy", "standard"]), min_size=1).map(tuple))
     key = ApiKey("k", "0" * 64, ("route",), data.draw(lists), data.draw(lists), data.draw(lists), data.draw(names))
-    asked = request_of(prompt="x", tenant=tenant, data_class=data_class, tier=tier)
+    dial = data.draw(
+        st.sampled_from([{}, {"min_probability": 0.1}, {"willingness_to_pay_usd": 1.0}, {"objective": "cost"}])
+    )
+    asked = request_of(prompt="x", tenant=tenant, data_class=data_class, tier=tier, **dial)
     try:
         bound = key.bind(asked, Policy())
     except ProblemError as error:
@@ -126,6 +135,6 @@ def test_no_body_widens_a_bound(tenant: Any, data_class: Any, tier: Any, data: s
         return
     assert key.tenant is None or bound.tenant == key.tenant
     assert key.data_classes is None or bound.data_class in key.data_classes
-    assert key.tiers is None or (bound.tier in key.tiers and bound.min_probability is None)
+    assert key.tiers is None or (bound.tier in key.tiers and not dial)
     assert key.models is None or bound.allowed == frozenset(key.models)
     assert tenant in (None, bound.tenant) and data_class in (None, bound.data_class) and tier in (None, bound.tier)

@@ -11,7 +11,7 @@ from router_ml.errors import InputError
 from serving.keys import ApiKey, read_api_keys
 from serving.settings import Settings, is_loopback
 
-ONE, TWO = "1" * 64, "a" * 64
+ONE, TWO, THREE = "1" * 64, "a" * 64, "b" * 64
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])
@@ -65,11 +65,15 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         "gateway": ApiKey("gateway", ONE),
         "other": ApiKey("other", TWO),
     }
-    assert read_api_keys(path, f"gateway={TWO}")["gateway"].sha256 == TWO
+    assert read_api_keys(path, f"gateway={THREE}")["gateway"].sha256 == THREE
     path.write_text(
         f'[a]\nsha256 = "{ONE}"\nscopes = ["admin"]\nmodels = ["m"]\ntiers = ["t"]\ndata_classes = ["c"]\ntenant = "x"'
     )
     assert read_api_keys(path, None) == {"a": ApiKey("a", ONE, ("admin",), ("m",), ("t",), ("c",), "x")}
+    turned = read_api_keys(path, f"a={TWO}")["a"]  # a new hash in the environment keeps the bounds
+    assert turned == ApiKey("a", TWO, ("admin",), ("m",), ("t",), ("c",), "x")
+    with pytest.raises(InputError, match="the same hash"):
+        read_api_keys(path, f"b={ONE}")
     assert read_api_keys(None, None) == read_api_keys(None, "") == {}
 
 
@@ -81,7 +85,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         ("gateway = 'x'", "key 'gateway' has to be a table"),
         ("[gateway]\nsha256 = 'secret'", "key 'gateway' needs its SHA-256"),
         ("[gateway]\nsha256 = 7", "key 'gateway' needs its SHA-256"),
-        (f"[gateway]\nsha256 = '{ONE}'\nscopes = ['root']", "there are route, outcomes, admin"),
+        (f"[gateway]\nsha256 = '{ONE}'\nscopes = ['root']", "there are route, outcomes, health, admin"),
         (f"[gateway]\nsha256 = '{ONE}'\nmodels = 'gpt'", "'models' has to be a list"),
         (f"[gateway]\nsha256 = '{ONE}'\ntiers = [1]", "'tiers' has to be a list"),
         (f"[gateway]\nsha256 = '{ONE}'\ntenant = 1", "'tenant' has to be a name"),

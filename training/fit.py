@@ -137,7 +137,7 @@ def _fit(
     say("network", 0.0)
     inputs = seen * scale
     network, networks = fit_networks(
-        inputs, labels, np.log1p(data.output_tokens), math.log1p(DEFAULT_OUTPUT_TOKENS), fold, seed
+        inputs, labels, np.log1p(data.output_tokens), math.log1p(DEFAULT_OUTPUT_TOKENS), fold, FOLDS, seed
     )
     log_tokens = np.empty(labels.shape)
     for f in range(FOLDS):

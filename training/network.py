@@ -67,15 +67,15 @@ def network_inputs(features: Sequence[RequestFeatures], wording: Matrix) -> tupl
 
 
 def fit_networks(
-    x: Matrix, labels: Matrix, log_tokens: Matrix, default: float, fold: npt.NDArray[np.int64], seed: int
+    x: Matrix, labels: Matrix, log_tokens: Matrix, default: float, fold: npt.NDArray[np.int64], count: int, seed: int
 ) -> tuple[Network, list[Network]]:
     """The network of all requests, and one per fold fitted on the others.
 
-    `x` is [n, d], `labels` and `log_tokens` [n, m] with NaN where unknown, `fold` [n] from 0; `default` is the
+    `x` is [n, d], `labels` and `log_tokens` [n, m] with NaN where unknown, `fold` [n] below `count`; `default` is the
     ln(tokens) of a model without any. The same under a seed; torch runs on one thread, as the rest of the linear
     algebra does.
     """
-    folds = range(int(fold.max()) + 1)
+    folds = range(count)
     with one_torch_thread():
         best: tuple[float, int, list[Network]] = (np.inf, EPOCHS[0], [])
         for epochs in EPOCHS:
