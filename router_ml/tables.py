@@ -238,6 +238,14 @@ def _number(value: float) -> str:
 def _sqlite_settings(connection: sqlite3.Connection, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout=5000")
-    cursor.execute("PRAGMA journal_mode=WAL")
+    deadline = time.monotonic() + 5.0
+    while True:  # while another process turns the same new file to WAL, SQLite refuses at once, whatever the timeout
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     cursor.execute("PRAGMA synchronous=FULL")  # one flush a group commit, so a power cut loses one interval at most
     cursor.close()

@@ -62,10 +62,8 @@ def ask(live: Running, key: str, **body: Any) -> tuple[int, dict[str, Any]]:
 )
 def test_a_key_does_what_its_scopes_say(live: Running, key: str, path: str, status: int) -> None:
     bodies = {"/outcomes": {"decision_id": "x", "quality": 1.0}, "/route/batch": {"requests": [{"prompt": "x"}]}}
-    method, body = (
-        ("PUT", {"state": "auto"}) if path.endswith("health") else ("POST", bodies.get(path, {"prompt": "x"}))
-    )
-    said = live.http.request(method, path, json=body, headers={"x-api-key": key})
+    method, usual = ("PUT", {"state": "auto"}) if path.endswith("health") else ("POST", {"prompt": "x"})
+    said = live.http.request(method, path, json=bodies.get(path, usual), headers={"x-api-key": key})
     assert said.status_code == status
     if status == 403:
         assert said.json()["type"] == "urn:router-ml:problem:forbidden" and "of the scope" in said.json()["detail"]
