@@ -30,8 +30,11 @@ class Service:
     store: Store
     metrics: Metrics
     health: Health
-    routed: OrderedDict[str, tuple[RouteDecision, str | None]] = field(default_factory=OrderedDict)
-    """The latest decisions whose outcome is awaited, by id, with the name of the key that asked."""
+    routed: OrderedDict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=OrderedDict)
+    """The latest decisions whose outcome is awaited, by id: their models in order, and the name of the key that asked.
+
+    Not the decisions themselves: 50,000 of them would take some 200 MB.
+    """
     draining: bool = False
 
     def note(self, live: Live, who: str) -> None:
@@ -64,7 +67,7 @@ class Service:
                 "messages": json.dumps(body.messages) if body.messages is not None else None,
                 "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
             }
-        self.routed[decision.decision_id] = (decision, asked.key)
+        self.routed[decision.decision_id] = (tuple([c.model for c in decision.candidates]), asked.key)
         if len(self.routed) > _ROUTED:
             self.routed.popitem(last=False)
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
@@ -76,16 +79,17 @@ class Service:
 
         Where another of its candidates served than the chosen one, the chosen one has failed.
         """
-        decision, asked = self.routed.get(outcome.decision_id or "", (None, None))
-        if decision is None or asked != key:
+        of = outcome.decision_id or ""
+        models, asked = self.routed.get(of, ((), None))
+        if not models or asked != key:
             return
-        del self.routed[decision.decision_id]
-        providers, of = self.live.live.providers, decision.decision_id
-        served = outcome.served_model or decision.model
-        if outcome.status != "cancelled" and served in providers and served in {c.model for c in decision.candidates}:
+        del self.routed[of]
+        providers, chosen = self.live.live.providers, models[0]
+        served = outcome.served_model or chosen
+        if outcome.status != "cancelled" and served in providers and served in models:
             self.health.report(served, providers[served], failed=outcome.status in FAILED, decision_id=of)
-            if served != decision.model and decision.model in providers:
-                self.health.report(decision.model, providers[decision.model], failed=True, decision_id=of)
+            if served != chosen and chosen in providers:
+                self.health.report(chosen, providers[chosen], failed=True, decision_id=of)
 
 
 def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:
