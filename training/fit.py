@@ -34,6 +34,7 @@ ROUNDS = 80
 _ONE_THREAD_BELOW = 50_000
 """Rows below which LightGBM's threads cost more than they save: on a busy machine each round waits for the slowest."""
 _ADAPTED_BY = 4096
+"""Training requests by whose texts an encoder is adapted to the log."""
 DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
 BOOSTER_PARAMS: dict[str, Any] = {
