@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,9 @@ import click
 
 from router_ml import __version__
 from router_ml.audit_cli import audit
-from router_ml.terminal import Commands, bar, say_log, stages
+from router_ml.serve_cli import serve
+from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
 
-PathArg = click.Path(path_type=Path)
-ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
-TRACKING = click.option(
-    "--tracking-uri",
-    default="sqlite:///mlflow.db",
-    show_default=True,
-    envvar="MLFLOW_TRACKING_URI",
-    help="MLflow's store.",
-)
 ENCODER = click.option(
     "--encoder",
     default="static",
@@ -200,52 +191,6 @@ def promote(name: str, version: str, tracking_uri: str) -> None:
 
 
 @main.command()
-@click.option("--bundle", type=PathArg, help="A bundle directory.")
-@click.option("--model", help="A registered router instead, as NAME@ALIAS.")
-@click.option(
-    "--cache", type=PathArg, default=Path("serving-bundle"), show_default=True, help="Where --model is copied to."
-)
-@click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
-@click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
-@click.option(
-    "--store-prompts", default="features", show_default=True, type=click.Choice(["none", "features", "text"]),
-    help="What is kept of a request: nothing, what the learner saw of it, or its text, too.",
-)  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
-@TRACKING
-def serve(
-    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: str,
-    host: str, port: int, api_keys: Path | None, tracking_uri: str,
-) -> None:  # fmt: skip
-    """Serve routing decisions at POST /route.
-
-    Example: router-ml serve --bundle bundle --port 8000
-    """
-    from serving.keys import KEYS_VARIABLE, read_api_keys
-    from serving.settings import Settings
-
-    if (bundle is None) == (model is None):
-        raise click.UsageError("give either --bundle DIRECTORY or --model NAME@ALIAS")
-    if model is not None:
-        from router_ml import registry
-
-        name, _, alias = model.partition("@")
-        version = registry.resolve(tracking_uri, name, alias or registry.CHAMPION)
-        bundle = registry.download(tracking_uri, name, version.version, cache)
-    assert bundle is not None
-    settings = Settings(
-        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts,  # type: ignore[arg-type]
-        host=host, port=port,
-        api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
-    )  # fmt: skip
-    from serving.app import serve as run
-
-    run(settings)
-
-
-@main.command()
 @click.argument("prompt")
 @click.option("--bundle", required=True, type=PathArg, help="A bundle directory.")
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
@@ -331,6 +276,7 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 
 main.add_command(audit)
+main.add_command(serve)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command line has of a terminal: errors in a line, progress on stderr."""
+"""What the commands share: their options, errors in a line, progress on stderr."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from router_ml.errors import RouterError
 
 if TYPE_CHECKING:
     from router_ml.logs import LogSummary
+
+PathArg = click.Path(path_type=Path)
+ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
+TRACKING = click.option(
+    "--tracking-uri",
+    default="sqlite:///mlflow.db",
+    show_default=True,
+    envvar="MLFLOW_TRACKING_URI",
+    help="MLflow's store.",
+)
 
 
 class Commands(click.Group):
