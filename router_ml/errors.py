@@ -9,6 +9,10 @@ class InputError(RouterError, ValueError):
     """A file, an option or a request is not of the form it has to be."""
 
 
+class UnreachableError(InputError):
+    """A database server does not answer; it may later."""
+
+
 class BundleError(RouterError):
     """A bundle is incomplete, altered or made by an incompatible version."""
 

@@ -18,6 +18,7 @@ from router_ml.terminal import TRACKING, ExistingFile, PathArg
 )
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
+@click.option("--spool", type=PathArg, help="Where decisions wait for the store; by default beside an SQLite file.")
 @click.option(
     "--store-prompts", default="features", show_default=True, type=click.Choice(["none", "features", "text"]),
     help="What is kept of a request: nothing, what the learner saw of it, or its text, too.",
@@ -27,8 +28,8 @@ from router_ml.terminal import TRACKING, ExistingFile, PathArg
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
 @TRACKING
 def serve(
-    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, store_prompts: str,
-    host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
+    store_prompts: str, host: str, port: int, api_keys: Path | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -47,7 +48,7 @@ def serve(
         bundle = registry.download(tracking_uri, name, version.version, cache)
     assert bundle is not None
     settings = Settings(
-        bundle=bundle, policy=policy, store=store, store_prompts=store_prompts,  # type: ignore[arg-type]
+        bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
         host=host, port=port,
         api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip

@@ -1,57 +1,42 @@
 """Where decisions and outcomes are kept: any database that SQLAlchemy speaks, SQLite by default.
 
-Routing never waits for the database. `record` puts a decision on a bounded queue; one writer thread commits what has
-gathered every `interval` seconds (group commit), so a killed process or a power cut loses at most the decisions of one
-interval and one commit. An outcome is acknowledged only after its commit, and is stored once however often it is sent.
+Routing never waits for the database. `record` appends a decision to the spool (`router_ml.spool`), and a drainer moves
+it on (`router_ml.drain`): a killed process loses none, a power cut those of one interval. An outcome is acknowledged
+after its commit, or, while the database is away, when it is in the spool; it is stored once however often it is sent.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from router_ml import audit
-from router_ml.errors import InputError, RouterError
-from router_ml.router import new_id
+from router_ml.drain import DECISION, Progress, encode
+from router_ml.draining import Draining, DrainProcess, DrainThread
+from router_ml.errors import UnreachableError
+from router_ml.outcome_queue import OutcomeQueue, Receipt
+from router_ml.spool import Spool
 from router_ml.stored import counts, find_decision, log_rows, pages
-from router_ml.tables import DECISIONS, OUTCOMES, decision_row, insert_decisions, insert_new, open_database
-from router_ml.types import STATUSES, CandidateFeatures, Outcome, RouteDecision, RouteRequest
+from router_ml.stored_features import pack_features
+from router_ml.tables import DECISIONS, OUTCOMES, decision_row, open_database
+from router_ml.types import CandidateFeatures, Outcome, RouteDecision, RouteRequest
 
 log = logging.getLogger(__name__)
-BATCH = 500  # rows a commit
-FEATURES_PENDING = 2_000  # with more decisions waiting, new ones wait without their features, which take memory
-RETRY_SECONDS = (0.1, 5.0)  # the first and the longest pause after the database refused a batch
-
-
-class StoreError(RouterError):
-    """The store cannot take an outcome now: its database is away, or its queue is full. Sending it again is safe."""
-
-
-class IdempotencyConflictError(RouterError):
-    """An Idempotency-Key came a second time, with another outcome."""
+RETRY_SECONDS = 0.5  # between attempts to note a change while the database is away
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """The acknowledgement of a stored outcome: a repetition gets the first one's id."""
-
-    outcome_id: str
-    replayed: bool
-
-
-@dataclass(slots=True)
 class Counters:
-    """What became of the rows since the start; `failures` counts the commits that the database refused."""
+    """What became of the rows since the start; `failures` counts what database and disk refused, retried or not."""
 
     decisions: int = 0
     outcomes: int = 0
@@ -59,58 +44,78 @@ class Counters:
     failures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    row: dict[str, Any]
-    receipt: Future[Receipt]
-
-
 class Store:
     """Decisions and outcomes in one database; every method may be called from any thread.
 
-    `url` is an SQLAlchemy URL or the path of an SQLite file. `interval` is how long a decision may wait for its commit,
-    in seconds; `max_pending` bounds the rows that wait and `max_pending_chars` the prompt text in them. What is past a
-    bound is dropped and counted (decisions), or refused with StoreError (outcomes).
-    Raises InputError when the database cannot be opened or was written by another version.
+    `url` is an SQLAlchemy URL or the path of an SQLite file. `interval` is how long a decision may wait for the
+    database, and to be safe from a power cut, in seconds. `spool` is the folder of what is on its way, by default
+    beside an SQLite file, and `spool_bytes` bounds it: past that, decisions are dropped and counted. `max_pending`
+    bounds the outcomes that wait. `drain` says whether a thread or a process of its own moves the spool on.
+    Raises InputError when the database cannot be opened or was written by another version. With `patient`, a server
+    that does not answer is no error: it is waited for.
     """
 
     def __init__(
-        self, url: str, *, interval: float = 0.05, max_pending: int = 20_000, max_pending_chars: int = 64_000_000
+        self,
+        url: str,
+        *,
+        interval: float = 0.05,
+        max_pending: int = 20_000,
+        spool: Path | None = None,
+        spool_bytes: int = 1 << 30,
+        drain: Literal["thread", "process"] = "thread",
+        patient: bool = False,
     ) -> None:
-        self.interval = interval
-        self.max_pending = max_pending
-        self.max_pending_chars = max_pending_chars
-        self.counters = Counters()
-        self._engine = open_database(url)
-        self._decisions: deque[dict[str, Any]] = deque()
-        self._outcomes: deque[_Pending] = deque()
+        self.url, self.interval = url, interval
+        self.spool_folder = default_spool(url) if spool is None else spool
+        self._spool_bytes, self._drain = spool_bytes, drain
+        self.spool: Spool | None = None
+        self._draining: Draining | None = None
+        self._opened: sa.Engine | None = None
+        self._opening = threading.Lock()
+        try:
+            self._opened = open_database(url)
+        except UnreachableError as error:
+            if not patient:
+                raise
+            log.error("%s: decisions wait in the spool until it answers", error)
+        self._dropped = 0
+        self._outcomes = OutcomeQueue(max_pending)
         self._changes: deque[tuple[str, str, int, dict[str, Any]]] = deque()
-        self._in_flight = 0
-        self._text = 0  # characters of prompt text that wait for their commit
-        self._text_lock = threading.Lock()
+        self._away = self._opened is None
         self._wake = threading.Event()
-        self._urgent = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> Store:
-        """Starts the writer thread and returns the store."""
+        """Starts spool, drainer and the outcomes' writer, and returns the store. Raises InputError for the spool."""
         if self._thread is None:
+            spool = self.spool = Spool(self.spool_folder, interval=self.interval, max_bytes=self._spool_bytes)
+            if self._drain == "process":
+                self._draining = DrainProcess(self.url, spool.folder, self.interval, spool.lock)
+            else:
+                self._draining = DrainThread(self.url, spool.folder, self.interval)
             self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
             self._thread.start()
         return self
 
     def close(self, timeout: float = 10.0) -> None:
-        """Commits what is queued, for at most `timeout` seconds, and ends the writer."""
+        """Commits what waits, for at most `timeout` seconds. What the database does not take stays in the spool."""
         self._closing = True
-        self._hurry()
-        if self._thread is not None:
+        self._wake.set()
+        deadline = time.monotonic() + timeout
+        if self._thread is not None and self.spool is not None and self._draining is not None:
             self._thread.join(timeout)
-        if self._decisions:
-            self.counters.dropped += len(self._decisions)
-            log.error("the store is closed with %d decisions not written", len(self._decisions))
-        self._refuse([self._outcomes.popleft() for _ in range(len(self._outcomes))], "the service is closing")
-        self._engine.dispose()
+            self.spool.close()
+            self._draining.say("close")
+            self._draining.join(max(0.0, deadline - time.monotonic()))
+            waiting = self.spool.counters.appended - self._draining.progress.position
+            if waiting > 0:
+                log.error("%d rows wait in the spool %s for the next start", waiting, self.spool.root)
+            self.spool.release()
+        self._outcomes.refuse_all("the service is closing")
+        if self._opened is not None:
+            self._opened.dispose()
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Waits until what is queued is committed; False when `timeout` seconds were not enough."""
@@ -118,19 +123,38 @@ class Store:
         while self.pending:
             if time.monotonic() > deadline:
                 return False
-            self._hurry()
-            time.sleep(0.002)
+            self._wake.set()
+            if self._draining is not None:
+                self._draining.say("flush")
+            time.sleep(0.005)
         return True
 
     @property
     def pending(self) -> int:
         """Rows that wait for their commit."""
-        return len(self._decisions) + len(self._outcomes) + len(self._changes) + self._in_flight
+        spooled = 0 if self.spool is None else self.spool.counters.appended + self.spool.held - self._progress.position
+        return spooled + len(self._outcomes) + len(self._changes)
 
     @property
-    def healthy(self) -> bool:
-        """Whether the writer runs and the queue has room."""
-        return self._thread is not None and self._thread.is_alive() and len(self._decisions) < self.max_pending
+    def counters(self) -> Counters:
+        """What became of the rows since the start."""
+        moved, spool = self._progress, None if self.spool is None else self.spool.counters
+        lost, refused = (0, 0) if spool is None else (spool.dropped, spool.failures)
+        return Counters(
+            decisions=moved.decisions,
+            outcomes=self._outcomes.stored + moved.outcomes,
+            dropped=self._dropped + self._outcomes.dropped + moved.dropped + moved.torn + lost,
+            failures=self._outcomes.failures + moved.failures + refused,
+        )
+
+    @property
+    def degraded(self) -> list[str]:
+        """What does not work just now while routing goes on, of "store" (the database) and "spool" (the disk)."""
+        if self.spool is None or self._draining is None or self._thread is None:
+            return ["store"]
+        working = self._thread.is_alive() and self._draining.alive
+        away = self._away or self._outcomes.away or self._progress.error is not None or not working
+        return ["store"] * away + ["spool"] * (self.spool.full or self.spool.failing)
 
     def record(
         self,
@@ -143,59 +167,43 @@ class Store:
         tools: str | None = None,
         features: CandidateFeatures | None = None,
     ) -> bool:
-        """Queues a decision without waiting; False when it was dropped because the queue is full.
+        """Appends a decision to the spool; False when it was dropped because that has no room.
 
         `provider` is the chosen model's; `prompt`, `messages` and `tools` (JSON text) are stored only when given. So
-        are `features`, which explain the decision later; while the queue is long they are left out.
+        are `features`, which explain the decision later.
         """
-        text = len(prompt or "") + len(messages or "") + len(tools or "")
-        if self._closing or len(self._decisions) >= self.max_pending or self._text + text > self.max_pending_chars:
-            self.counters.dropped += 1
+        if self._closing or self.spool is None:
+            self._dropped += 1
             return False
-        if text:
-            with self._text_lock:
-                self._text += text
         row = decision_row(request, decision)
-        row |= {"provider": provider, "prompt": prompt, "messages": messages, "tools": tools}
-        row["features"] = features if len(self._decisions) < FEATURES_PENDING else None
-        self._decisions.append(row)
-        if not self._wake.is_set():
-            self._wake.set()
-        return True
+        row["provider"], row["prompt"], row["messages"], row["tools"] = provider, prompt, messages, tools
+        row["features"] = None if features is None else pack_features(features)
+        try:
+            packed = encode((DECISION, row))
+        except (ValueError, OverflowError) as error:  # half a character, a number without bounds
+            self._dropped += 1
+            log.error("dropped a decision that cannot be stored: %s", type(error).__name__)
+            return False
+        return self.spool.append(packed)
 
     def add_outcome(
         self, outcome: Outcome, *, idempotency_key: str | None = None, key: str | None = None
     ) -> Future[Receipt]:
-        """Queues an outcome; the future resolves after its commit.
+        """Queues an outcome; the future resolves after its commit, or, while the database is away, in the spool.
 
         `key` is the name of the caller's API key: idempotency keys of different callers never meet. Without an
         idempotency key the outcome's own content is one. A decision that is not known (yet) is no error.
-        The future raises IdempotencyConflictError, or StoreError when the database is away. Raises InputError for a
-        value out of range, StoreError when the queue is full.
+        The future raises IdempotencyConflictError, or StoreError when there is no room. Raises InputError for a value
+        out of range, StoreError when the queue is full.
         """
-        check_outcome(outcome)
-        if self._closing or len(self._outcomes) >= self.max_pending:
-            raise StoreError("the store cannot take outcomes at the moment: send this one again later")
-        content = asdict(outcome)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        identity = ["content", key, digest] if idempotency_key is None else ["given", key, idempotency_key]
-        row = content | {
-            "outcome_id": new_id(),
-            "idempotency_key": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-            "digest": digest,
-            "time_us": time.time_ns() // 1000,
-            "key": key,
-        }
-        pending = _Pending(row, Future())
-        pending.receipt.set_running_or_notify_cancel()  # a caller that goes away cannot cancel what the writer holds
-        self._outcomes.append(pending)
-        self._hurry()
-        return pending.receipt
+        pending = self._outcomes.add(outcome, idempotency_key=idempotency_key, key=key, closing=self._closing)
+        self._wake.set()
+        return pending
 
     def note_change(self, kind: str, who: str, after: Mapping[str, Any]) -> None:
         """Queues what `kind` (of `audit.KINDS`) is from now on for the audit log, which leaves out what is the same."""
         self._changes.append((kind, who, time.time_ns() // 1000, dict(after)))
-        self._hurry()
+        self._wake.set()
 
     def changes(self) -> list[dict[str, Any]]:
         """The audit log, oldest first: see `audit.changes`."""
@@ -221,129 +229,45 @@ class Store:
         """How many decisions and outcomes are stored, and how many outcomes belong to no stored decision."""
         return counts(self._engine)
 
-    def _hurry(self) -> None:
-        self._urgent.set()
-        self._wake.set()
+    @property
+    def _engine(self) -> sa.Engine:
+        """The database, opened when it is first needed. Raises InputError while it is away."""
+        with self._opening:
+            if self._opened is None:
+                self._opened = open_database(self.url)
+            return self._opened
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress() if self._draining is None else self._draining.progress
 
     def _run(self) -> None:
-        pause = RETRY_SECONDS[0]
-        while True:
-            self._wake.wait()
-            self._urgent.wait(self.interval)
+        assert self.spool is not None
+        ending = False
+        while not ending:
+            self._wake.wait(RETRY_SECONDS if self._changes else None)
             self._wake.clear()
-            while self._decisions or self._outcomes or self._changes:
-                self._urgent.clear()
-                if self._write_batch():
-                    pause = RETRY_SECONDS[0]
-                elif self._closing:
-                    return
-                else:
-                    self._urgent.wait(pause)
-                    pause = min(2 * pause, RETRY_SECONDS[1])
-            if self._closing:
-                return
+            ending = self._closing
+            self._outcomes.write(lambda: self._engine, self.spool, self._progress.position)
+            self._note_changes()
 
-    def _write_batch(self) -> bool:
-        """Commits the oldest rows. False when the database is away: decisions go back to the queue, outcomes fail."""
-        self._in_flight = min(len(self._decisions), BATCH) + min(len(self._outcomes), BATCH)
-        decisions = [self._decisions.popleft() for _ in range(min(len(self._decisions), BATCH))]
-        outcomes = [self._outcomes.popleft() for _ in range(min(len(self._outcomes), BATCH))]
-        try:
-            self._commit(decisions, outcomes)
-        except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
-            self.counters.failures += 1
-            # Only an operational error's text is sure to hold no value of a row.
-            said = error.orig if isinstance(error, sa.exc.OperationalError) else type(error).__name__
-            log.error("the store's database refuses: %s; %d rows wait", said, len(self._decisions) + len(decisions))
-            self._decisions.extendleft(reversed(decisions))
-            self._refuse(outcomes, "its database does not answer")
-            return False
-        finally:
-            self._in_flight = 0
-        with self._text_lock:
-            self._text -= sum(len(row[name] or "") for row in decisions for name in ("prompt", "messages", "tools"))
-        return self._note_changes()
-
-    def _note_changes(self) -> bool:
-        """Appends what waits for the audit log; False when the database is away."""
+    def _note_changes(self) -> None:
+        """Appends what waits for the audit log, unless the database is away."""
         while self._changes:
             try:
                 with self._engine.begin() as connection:
                     audit.note(connection, *self._changes[0])
-            except sa.exc.OperationalError:
-                return False
+            except (sa.exc.OperationalError, UnreachableError):
+                self._away = True
+                return
             except Exception as error:  # noqa: BLE001 (one that can never be kept must not hold up the others)
-                self.counters.dropped += 1
+                self._dropped += 1
                 log.error("a change of %s cannot be noted: %s", self._changes[0][0], type(error).__name__)
+            self._away = False
             self._changes.popleft()
-        return True
-
-    def _commit(self, decisions: Sequence[dict[str, Any]], outcomes: Sequence[_Pending]) -> None:
-        """One transaction. Rows that the database cannot hold are found by halving, dropped and counted."""
-        try:
-            with self._engine.begin() as connection:
-                if decisions:
-                    insert_decisions(connection, decisions)
-                stored = self._store_outcomes(connection, [p.row for p in outcomes]) if outcomes else {}
-        except Exception as error:
-            if not _is_bad_row(error):
-                raise
-            if decisions and outcomes:
-                self._commit(decisions, [])
-                self._commit([], outcomes)
-                return
-            if (size := len(decisions) + len(outcomes)) > 1:
-                self._commit(decisions[: size // 2], outcomes[: size // 2])
-                self._commit(decisions[size // 2 :], outcomes[size // 2 :])
-                return
-            self.counters.dropped += 1
-            log.error("the store dropped a row that its database cannot hold: %s", type(error).__name__)
-            for pending in outcomes:
-                pending.receipt.set_exception(InputError("the outcome holds a value that cannot be stored"))
-            return
-        self.counters.decisions += len(decisions)
-        for pending in outcomes:
-            outcome_id, digest = stored[pending.row["idempotency_key"]]
-            if digest != pending.row["digest"]:
-                pending.receipt.set_exception(
-                    IdempotencyConflictError("this Idempotency-Key was used for another outcome: use a new key")
-                )
-                continue
-            new = outcome_id == pending.row["outcome_id"]
-            self.counters.outcomes += new
-            pending.receipt.set_result(Receipt(outcome_id, replayed=not new))
-
-    def _store_outcomes(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-        """Inserts what is new; per idempotency key the (outcome_id, digest) that is stored, whoever stored it."""
-        first: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            first.setdefault(row["idempotency_key"], row)
-        connection.execute(insert_new(connection.dialect, OUTCOMES), list(first.values()))
-        columns = (OUTCOMES.c.idempotency_key, OUTCOMES.c.outcome_id, OUTCOMES.c.digest)
-        found = connection.execute(sa.select(*columns).where(OUTCOMES.c.idempotency_key.in_(first)))
-        return {unique: (outcome_id, digest) for unique, outcome_id, digest in found}
-
-    def _refuse(self, outcomes: Sequence[_Pending], why: str) -> None:
-        for pending in outcomes:
-            if not pending.receipt.done():
-                pending.receipt.set_exception(StoreError(f"the outcome is not stored, {why}: send it again later"))
 
 
-def check_outcome(outcome: Outcome) -> None:
-    """Raises InputError when the outcome names no decision or a value is out of its range."""
-    if outcome.decision_id is None and outcome.request_id is None:
-        raise InputError("an outcome needs the 'decision_id' or the 'request_id' that it belongs to")
-    if outcome.status not in STATUSES:
-        raise InputError(f"status has to be one of {', '.join(STATUSES)}")
-    if outcome.quality is not None and not 0.0 <= outcome.quality <= 1.0:
-        raise InputError("quality has to lie in [0, 1]")
-    for name in ("input_tokens", "output_tokens", "cost_usd", "latency_ms", "retries"):
-        value = getattr(outcome, name)
-        if value is not None and not 0 <= value < 2**53:
-            raise InputError(f"{name} has to be a number of 0 or more")
-
-
-def _is_bad_row(error: Exception) -> bool:
-    if isinstance(error, sa.exc.DBAPIError):
-        return isinstance(error, sa.exc.DataError | sa.exc.IntegrityError)
-    return isinstance(error, sa.exc.StatementError | ValueError | TypeError | OverflowError)
+def default_spool(url: str) -> Path:
+    """Where the spool is when nothing else is said: beside an SQLite file, otherwise in the working directory."""
+    path = url.removeprefix("sqlite:///").partition("?")[0]
+    return Path("router-ml.spool") if "://" in path else Path(f"{path}.spool")

@@ -14,8 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from router_ml.errors import InputError
-from router_ml.stored_features import pack_features
+from router_ml.errors import InputError, UnreachableError
 from router_ml.types import Candidate, RouteDecision, RouteRequest
 
 SCHEMA_VERSION = "1"  # raised by what an older program cannot live with; a new column that may be null is none of that
@@ -79,10 +78,15 @@ CHANGES = sa.Table(
 )
 
 
+# A server that is gone without a word is given up after seconds, not after TCP's quarter of an hour.
+_PATIENCE = {"connect_timeout": 3, "tcp_user_timeout": 5000, "keepalives_idle": 10, "keepalives_interval": 5}
+
+
 def open_database(url: str) -> sa.Engine:
     """An engine on `url` (an SQLAlchemy URL or the path of an SQLite file) whose tables exist, with all their columns.
 
-    Raises InputError when it cannot be opened, or holds the tables of another version.
+    Raises InputError when it cannot be opened, or holds the tables of another version; UnreachableError when it is a
+    server that does not answer.
     """
     try:
         parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
@@ -95,7 +99,9 @@ def open_database(url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
         # Without hide_parameters an error's text would hold the row, and so the prompt.
-        engine = sa.create_engine(parsed, hide_parameters=True)
+        server = parsed.get_backend_name() == "postgresql"
+        options: dict[str, Any] = {"connect_args": _PATIENCE, "pool_pre_ping": True} if server else {}
+        engine = sa.create_engine(parsed, hide_parameters=True, **options)
         if engine.dialect.name not in ("sqlite", "postgresql"):
             raise InputError(f"the store {name} is neither SQLite nor Postgres: use one of these")
         if engine.dialect.name == "sqlite":
@@ -112,7 +118,9 @@ def open_database(url: str) -> sa.Engine:
                 _make_tables(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         reason = getattr(error, "orig", None) or error
-        raise InputError(f"the store {name} cannot be opened: {reason}") from None
+        away = isinstance(error, sa.exc.OperationalError) and parsed.get_backend_name() == "postgresql"
+        kind = UnreachableError if away else InputError
+        raise kind(f"the store {name} cannot be opened: {reason}") from None
     if version != SCHEMA_VERSION:
         raise InputError(f"the store {name} has tables of version {version}, not {SCHEMA_VERSION}: use another store")
     return engine
@@ -192,7 +200,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
 
 
 def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Inserts rows of `decision_row`, skipping those that are there already.
+    """Inserts rows of `decision_row` as they come out of the spool, skipping those that are there already.
 
     The statement goes to the driver as it is: SQLAlchemy's handling of every value would take as long again, on the
     interpreter that the event loop waits for.
@@ -204,7 +212,6 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),
             "excluded": _dump(dict(row["excluded"])),
-            "features": None if row["features"] is None else pack_features(row["features"]),
         }
         for row in rows
     ]
@@ -221,12 +228,12 @@ def _insert_statement(dialect: sa.Dialect) -> tuple[str, tuple[str, ...] | None]
     return str(compiled), None if compiled.positiontup is None else tuple(compiled.positiontup)
 
 
-def _candidates_json(candidates: Iterable[Candidate]) -> str:
+def _candidates_json(candidates: Iterable[Sequence[Any]]) -> str:
     """A JSON array; nine digits hold a float32, and what is not finite becomes null."""
     items = [
         f'{{"model":{_dump(c.model)},"p_ok":{_number(c.p_ok)},"expected_cost_usd":{_number(c.expected_cost_usd)},'
         f'"expected_total_cost_usd":{_number(c.expected_total_cost_usd)}}}'
-        for c in candidates
+        for c in (Candidate(*fields) for fields in candidates)
     ]
     return f"[{','.join(items)}]"
 

@@ -36,7 +36,10 @@ def create_app(settings: Settings) -> FastAPI:
     unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
-    store = Store(settings.store, interval=settings.commit_seconds)
+    store = Store(
+        settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
+        drain=settings.drain, patient=True,
+    )  # fmt: skip
     health = Health(settings.health)
     service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
 

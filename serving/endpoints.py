@@ -200,7 +200,7 @@ async def readyz(request: Request) -> ReadyAnswer:
     if service.draining:
         raise ProblemError(503, "unavailable", "the service is going away: use another instance")
     router = service.live.live.router
-    degraded = [] if service.store.healthy else ["store"]
+    degraded = service.store.degraded
     if service.live.last_error is not None:
         degraded.append("bundle")
     return {

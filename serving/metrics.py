@@ -103,5 +103,11 @@ class _State:
         counted = self.store.counters
         yield CounterMetricFamily("router_store_decisions", "Decisions committed.", counted.decisions)
         yield CounterMetricFamily("router_store_outcomes", "Outcomes committed.", counted.outcomes)
+        if (spool := self.store.spool) is not None:
+            yield GaugeMetricFamily("router_spool_bytes", "Bytes that wait on disk for the store.", spool.used_bytes)
+            yield GaugeMetricFamily("router_spool_max_bytes", "Bytes that may wait.", spool.max_bytes)
+            yield CounterMetricFamily(
+                "router_spool_failures", "Writes that the spool's disk refused.", spool.counters.failures
+            )
         yield CounterMetricFamily("router_store_dropped", "Rows lost: no room, or not storable.", counted.dropped)
         yield CounterMetricFamily("router_store_failures", "Commits that the database refused.", counted.failures)

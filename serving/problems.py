@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router_ml.errors import InputError, NoEligibleModelError, RouterError
-from router_ml.store import IdempotencyConflictError, StoreError
+from router_ml.outcome_queue import IdempotencyConflictError, StoreError
 
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"

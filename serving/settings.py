@@ -21,9 +21,11 @@ class Settings:
 
     `bundle` is a bundle's directory or a link to one, `policy` a TOML file (None: the default policy); both are
     followed while the service runs, looked at every `watch_seconds` (0: never). `store` is an SQLAlchemy URL or the
-    path of an SQLite file; decisions are committed within `commit_seconds`. `store_prompts` says what is kept of a
-    request: "none", "features" (what the learner saw: its embedding and statistics, which explain the decision later
-    and are enough to train again), or "text" beside these.
+    path of an SQLite file. Decisions go to the folder `spool` first (default: beside an SQLite file, otherwise
+    `router-ml.spool`), of at most `spool_bytes`, where a power cut loses those of `commit_seconds`; from there a
+    process of its own (`drain`; "thread" does without) takes them to the store within as much again. `store_prompts`
+    says what is kept of a request: "none", "features" (what the learner saw: its embedding and statistics, which
+    explain the decision later and are enough to train again), or "text" beside these.
     `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
     and the port closes `drain_seconds` later.
@@ -35,6 +37,9 @@ class Settings:
     store: str = "router-ml.db"
     store_prompts: Literal["none", "features", "text"] = "features"
     commit_seconds: float = 0.05
+    spool: Path | None = None
+    spool_bytes: int = 1 << 30
+    drain: Literal["thread", "process"] = "process"
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
@@ -51,6 +56,8 @@ class Settings:
             raise InputError("max_body_bytes has to be at least 1024")
         if min(self.watch_seconds, self.drain_seconds) < 0 or self.commit_seconds <= 0:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
+        if self.spool_bytes < 1 << 20:
+            raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
         keys = {n: k if isinstance(k, ApiKey) else ApiKey.of_table(n, k) for n, k in self.api_keys.items()}

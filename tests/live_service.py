@@ -48,7 +48,7 @@ class Running:
 @contextlib.contextmanager
 def running(bundle: Path, store: Path, **settings: Any) -> Iterator[Running]:
     """Serves the bundle on a free port of 127.0.0.1, in a thread of this process."""
-    app = create_app(Settings(bundle=bundle, store=str(store), **settings))
+    app = create_app(Settings(bundle=bundle, store=str(store), **{"drain": "thread"} | settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -22,11 +22,13 @@ import pytest
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.logs import LOG_SCHEMA, validate
+from router_ml.outcome_queue import IdempotencyConflictError, StoreError
 from router_ml.router import new_id
-from router_ml.store import FEATURES_PENDING, IdempotencyConflictError, Store, StoreError
+from router_ml.store import Store
 from router_ml.stored import decision_of_row
 from router_ml.stored_features import pack_features, unpack_features
 from router_ml.types import Candidate, CandidateFeatures, Message, Outcome, RouteDecision, RouteRequest
+from tests.live_service import wait_for
 
 NAN = float("nan")
 
@@ -163,20 +165,6 @@ def test_features_of_another_layout_are_refused() -> None:
             unpack_features(broken)
 
 
-def test_a_long_queue_holds_no_features(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), interval=60)  # no writer yet: everything waits
-    ids = []
-    for _ in range(FEATURES_PENDING + 3):
-        made = decision()
-        assert store.record(request(), made, provider="acme", features=features())
-        ids.append(made.decision_id)
-    store.start()
-    store.close()
-    kept_features = {row["decision_id"]: row["features"] for row in Store(str(tmp_path / "store.db")).decisions()}
-    assert list(kept_features) == ids
-    assert [i for i in ids if kept_features[i] is None] == ids[-3:]
-
-
 def test_a_database_of_an_earlier_program_gets_the_new_column(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     store = Store(str(path)).start()
@@ -299,17 +287,17 @@ def test_an_outcome_out_of_range_is_refused(store: Store, outcome: Outcome, says
 
 
 def test_a_row_that_the_database_cannot_hold_costs_only_itself(store: Store) -> None:
-    store.interval = 60
-    for text in ("fine", "\ud800 half a character", "fine too"):
-        kept(store, decision(reason=text), request())
+    assert not store.record(request(), decision(reason="\ud800 half a character"), provider="acme")
+    for explored in (False, 2**63, True):  # the second is no number of SQLite's
+        kept(store, decision(explored=explored), request())
     bad = store.add_outcome(Outcome(decision_id="\ud800"))
     good = store.add_outcome(Outcome(decision_id="d"))
     assert good.result(10)
     with pytest.raises(InputError, match="cannot be stored"):
         bad.result(10)
     assert store.flush()
-    assert [row["reason"] for row in store.decisions()] == ["fine", "fine too"]
-    assert store.counters.dropped == 2 and store.healthy
+    assert [row["explored"] for row in store.decisions()] == [False, True]
+    assert store.counters.dropped == 3 and store.degraded == []
 
 
 def test_late_outcomes_join_and_add_up(store: Store) -> None:
@@ -364,42 +352,57 @@ def test_the_rows_are_a_request_log(store: Store, catalog: Catalog) -> None:
     assert 1 <= len(since) < 1203 and min(since) >= datetime.fromtimestamp(middle / 1e6, UTC)
 
 
-def test_a_full_queue_drops_decisions_and_refuses_outcomes(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), max_pending=3, max_pending_chars=100)  # not started: nothing drains
-    assert [store.record(request(), decision(), provider="a") for _ in range(5)] == [True] * 3 + [False] * 2
-    assert store.counters.dropped == 2 and store.pending == 3 and not store.healthy
+def test_a_full_spool_drops_decisions_and_says_so(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store.db"), spool_bytes=4_000, interval=60).start()
+    with sqlite3.connect(tmp_path / "store.db", isolation_level=None) as lock:
+        lock.execute("begin exclusive")
+        taken = [store.record(request(), decision(), provider="a", prompt="x" * 500) for _ in range(10)]
+        kept_ones = sum(taken)
+        assert taken == [True] * kept_ones + [False] * (10 - kept_ones) and 2 <= kept_ones <= 6
+        assert store.counters.dropped == 10 - kept_ones and store.pending == kept_ones
+    assert store.flush(30)
+    wait_for(lambda: store.record(request(), decision(), provider="a"))  # there is room again
+    store.close()
+    assert store.counters.decisions == kept_ones + 1 and store.counters.dropped >= 10 - kept_ones
+
+
+def test_too_many_waiting_outcomes_are_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store.db"), max_pending=3)  # not started: nothing is written
     futures = [store.add_outcome(Outcome(decision_id=str(i))) for i in range(3)]
     with pytest.raises(StoreError, match="again later"):
         store.add_outcome(Outcome(decision_id="3"))
+    assert store.degraded == ["store"]
     store.start()
     assert all(future.result(10) for future in futures)
-    assert store.flush()
-    assert store.healthy
-    for _ in range(3):  # the text of what was committed no longer counts
-        assert store.record(request(), decision(), provider="a", prompt="x" * 90)
-        assert store.flush()
-    assert not store.record(request(), decision(), provider="a", prompt="x" * 101)
+    assert store.degraded == []
     store.close()
-    assert store.counters.decisions == 6
 
 
-def test_a_database_that_is_away_loses_no_decision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_database_that_is_away_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "store.db"
     store = Store(str(path)).start()
-    kept(store, decision())
+    first = kept(store, decision())
     assert store.flush()
     lock = sqlite3.connect(path, isolation_level=None)
     lock.execute("pragma journal_mode=wal")
     lock.execute("begin exclusive")
     made = [kept(store, decision()).decision_id for _ in range(5)]
-    with pytest.raises(StoreError, match="again later"):
-        store.add_outcome(Outcome(decision_id="d")).result(30)
-    assert store.counters.failures >= 1 and store.pending >= 5
+    outcome = Outcome(decision_id=first.decision_id, quality=1.0)
+    spooled = store.add_outcome(outcome, idempotency_key="k").result(30)
+    assert not spooled.replayed and store.degraded == ["store"]
+    again = store.add_outcome(outcome, idempotency_key="k").result(30)
+    assert (again.outcome_id, again.replayed) == (spooled.outcome_id, True)
+    with pytest.raises(IdempotencyConflictError):
+        store.add_outcome(replace(outcome, quality=0.0), idempotency_key="k").result(30)
+    assert store.counters.failures >= 1 and store.pending >= 6
     assert "locked" in caplog.text and "secret" not in caplog.text
     lock.execute("commit")
     assert store.flush(30)
     assert [row["decision_id"] for row in store.decisions()][1:] == made
-    assert store.add_outcome(Outcome(decision_id="d")).result(10)
+    after = store.add_outcome(outcome, idempotency_key="k").result(10)
+    assert (after.outcome_id, after.replayed) == (spooled.outcome_id, True)
+    assert [row["outcome_id"] for row in store.outcomes()] == [spooled.outcome_id]
+    assert store.counters.outcomes == 1 and store.degraded == []
     store.close()
 
 
