@@ -21,6 +21,7 @@ from serving.health import Health
 from serving.keys import ApiKeys
 from serving.live import LiveRouter
 from serving.metrics import Metrics
+from serving.routes import Front
 from serving.service import Service
 from serving.settings import Settings
 
@@ -61,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(endpoints.api)
     app.include_router(endpoints.health)
+    app.add_middleware(Front, routes=endpoints.api.routes)
     return app
 
 

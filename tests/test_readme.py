@@ -166,6 +166,7 @@ def test_the_policy_and_the_answers_of_the_readme(demo: Demo, tmp_path: Path) ->
         got = answer.json()
         receipt = service.http.post(paths[1], json=told | {"decision_id": got["decision_id"]})
         assert receipt.status_code == 200, receipt.text
+        assert service.service.store.flush()
         (row,) = (row for row in service.service.store.iter_log_rows() if row["quality"] is not None)
         for path in re.findall(r"`(?:GET )?(/\w+(?:\.json)?)`", README.partition("`GET /models`")[2][:200]):
             assert service.http.get(path).status_code == 200, path
