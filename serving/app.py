@@ -57,12 +57,11 @@ def create_app(settings: Settings) -> FastAPI:
         await asyncio.to_thread(store.close)
 
     # The interactive pages would load scripts from elsewhere; /openapi.json is what they show.
-    app = FastAPI(title="router-ml", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = Front(title="router-ml", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     problems.install(app)
-    app.include_router(endpoints.api)
+    app.take(endpoints.api)
     app.include_router(endpoints.health)
-    app.add_middleware(Front, routes=endpoints.api.routes)
     return app
 
 
