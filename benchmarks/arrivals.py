@@ -6,7 +6,7 @@ A closed loop waits for an answer before it asks again, so a server that stalls 
 request among many ("coordinated omission", Tene 2013). Here the gaps are drawn from an exponential distribution (a
 Poisson process), and a request's latency runs from the moment when it was due, its wait for a free connection included.
 With `--closed` each connection asks again as soon as it was answered, as wrk does, for machines without it.
-Prints JSON: latencies in milliseconds, requests a second, and the answers by status.
+Prints JSON: latencies in milliseconds (those of 503 apart), requests a second, and the answers by status.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def run(
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     idle, waiting = deque(pool), deque[float]()
     taken: list[float] = []
+    turned_away: list[float] = []
     statuses: Counter[str] = Counter()
     started = time.perf_counter()
     end, due, sent = started + seconds, started, 0
@@ -80,7 +81,7 @@ def run(
             if status is None:
                 continue
             if connection.due is not None:
-                taken.append(time.perf_counter() - connection.due)
+                (turned_away if status == "503" else taken).append(time.perf_counter() - connection.due)
             statuses[status] += 1
             connection.due = None
             if status == "closed":
@@ -98,6 +99,7 @@ def run(
         "statuses": dict(statuses),
         **{f"p{p:g}_ms": float(np.percentile(taken, p)) * 1e3 for p in (50, 99, 99.9)},
         "max_ms": max(taken) * 1e3,
+        "turned_away_p99_ms": float(np.percentile(turned_away, 99)) * 1e3 if turned_away else None,
     }
 
 

@@ -68,7 +68,7 @@ class Drainer:
 
     def adopt(self) -> bool:
         """Moves what dead processes left beside it; False when the database refused."""
-        for folder in abandoned(self.folder.parent):
+        for folder in abandoned(self.folder.parent, self.folder.name.rpartition("-")[0]):
             reader = Reader(folder)
             if not self._drain(reader, final=True):
                 return False

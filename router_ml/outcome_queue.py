@@ -55,8 +55,8 @@ class OutcomeQueue:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.stored = self.dropped = self.failures = 0
-        self.away = False
-        """Whether the database refused the last ones."""
+        self.last_spooled = -1
+        """The place in the spool of the last outcome that the database refused; until it is drained that is away."""
         self._waiting: deque[_Pending] = deque()
         self._in_flight = 0
         self._spooled: dict[str, tuple[str, str, int]] = {}  # idempotency key to id, digest, place in the spool
@@ -94,10 +94,8 @@ class OutcomeQueue:
             try:
                 if fresh := [one for one in taken if not self._answered(one)]:
                     self._commit(engine(), fresh)
-                    self.away = False
             except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
                 self.failures += 1
-                self.away = True
                 log.error("the store's database refuses outcomes, which go to the spool: %s", refusal(error))
                 for one in taken:
                     if not one.receipt.done() and not self._answered(one):
@@ -128,6 +126,7 @@ class OutcomeQueue:
             return
         if kept:
             self._spooled[row["idempotency_key"]] = (row["outcome_id"], row["digest"], place)
+            self.last_spooled = place
             one.receipt.set_result(Receipt(row["outcome_id"], replayed=False))
         else:
             _refuse(one, "its database does not answer and its spool is full")

@@ -51,15 +51,16 @@ class SpoolCounters:
 class Spool:
     """The appending side, of one process; every method may be called from any thread.
 
-    `max_bytes` bounds what waits on disk: past it records are dropped and counted. Where the disk refuses a record, it
-    waits in memory, up to `HELD_BYTES`, and is tried again. Raises InputError when the folder cannot be used.
+    `owner` says where the records are to go: what another owner left here is not taken over. `max_bytes` bounds what
+    waits on disk: past it records are dropped and counted. Where the disk refuses a record, it waits in memory, up to
+    `HELD_BYTES`, and is tried again. Raises InputError when the folder cannot be used.
     """
 
-    def __init__(self, root: Path, *, interval: float = 0.05, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, root: Path, *, owner: str = "any", interval: float = 0.05, max_bytes: int = 1 << 30) -> None:
         self.root, self.interval, self.max_bytes = root, interval, max_bytes
         self.counters = SpoolCounters()
         try:
-            self.folder, self.lock = _own_folder(root)
+            self.folder, self.lock = _own_folder(root, owner)
         except OSError as error:
             raise InputError(
                 f"the spool {root} cannot be used ({error.strerror}): name a writable folder with --spool"
@@ -70,6 +71,7 @@ class Spool:
         self._retry_at = 0.0
         self._fd, self._size = -1, 0
         self._used = 0
+        self._segment_bytes = min(SEGMENT_BYTES, max(max_bytes // 8, 4096))  # a segment goes only as a whole
         self._ended: list[int] = []  # descriptors of full segments, to be made durable and closed
         self._dirty = self._begun = False
         self._sync_failed = False
@@ -89,8 +91,8 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """Whether records are being dropped for want of room."""
-        return self.used_bytes >= self.max_bytes or self._held_bytes >= HELD_BYTES
+        """Whether there is hardly room for another record, or none."""
+        return self.used_bytes >= 0.95 * self.max_bytes or self._held_bytes >= 0.95 * HELD_BYTES
 
     @property
     def failing(self) -> bool:
@@ -155,7 +157,7 @@ class Spool:
         os.close(self.lock)
 
     def _write(self, frame: bytes) -> bool:
-        if self._size >= SEGMENT_BYTES and self._fd >= 0:
+        if self._size >= self._segment_bytes and self._fd >= 0:
             self._ended.append(self._fd)
             self._fd = -1
         try:
@@ -257,9 +259,12 @@ def segments(folder: Path) -> list[tuple[int, Path, int]]:
     return sorted(found)
 
 
-def abandoned(root: Path) -> Iterator[Path]:
-    """The folders whose owner is gone, each locked while the caller has it; those without segments are removed."""
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+def abandoned(root: Path, owner: str = "any") -> Iterator[Path]:
+    """The folders of `owner` that no process holds any more, each locked while the caller has it.
+
+    Those without segments are removed.
+    """
+    for folder in sorted(root.glob(f"{owner}-*")):
         try:
             lock = os.open(folder / LOCK, os.O_RDWR)
         except OSError:
@@ -275,10 +280,10 @@ def abandoned(root: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _own_folder(root: Path) -> tuple[Path, int]:
+def _own_folder(root: Path, owner: str) -> tuple[Path, int]:
     """A new folder of this process and the descriptor that locks it."""
     root.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=root, prefix=".new-"))  # nobody may find it before it is locked
+    aside = Path(tempfile.mkdtemp(dir=root, prefix=f".new-{owner}-"))  # nobody may find it before it is locked
     lock = os.open(aside / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     folder = aside.rename(root / aside.name.removeprefix(".new-"))

@@ -7,6 +7,7 @@ after its commit, or, while the database is away, when it is in the spool; it is
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -90,7 +91,9 @@ class Store:
     def start(self) -> Store:
         """Starts spool, drainer and the outcomes' writer, and returns the store. Raises InputError for the spool."""
         if self._thread is None:
-            spool = self.spool = Spool(self.spool_folder, interval=self.interval, max_bytes=self._spool_bytes)
+            spool = self.spool = Spool(
+                self.spool_folder, owner=_fingerprint(self.url), interval=self.interval, max_bytes=self._spool_bytes
+            )
             if self._drain == "process":
                 self._draining = DrainProcess(self.url, spool.folder, self.interval, spool.lock)
             else:
@@ -153,7 +156,12 @@ class Store:
         if self.spool is None or self._draining is None or self._thread is None:
             return ["store"]
         working = self._thread.is_alive() and self._draining.alive
-        away = self._away or self._outcomes.away or self._progress.error is not None or not working
+        away = (
+            self._away
+            or self._outcomes.last_spooled >= self._progress.position
+            or self._progress.error is not None
+            or not working
+        )
         return ["store"] * away + ["spool"] * (self.spool.full or self.spool.failing)
 
     def record(
@@ -265,6 +273,13 @@ class Store:
                 log.error("a change of %s cannot be noted: %s", self._changes[0][0], type(error).__name__)
             self._away = False
             self._changes.popleft()
+
+
+def _fingerprint(url: str) -> str:
+    """Names the database, without its password, so that services of two may share a folder for their spools."""
+    parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
+    at = Path(parsed.database or "").resolve() if parsed.get_backend_name() == "sqlite" else parsed.database
+    return hashlib.sha256(f"{parsed.host}:{parsed.port}/{at}".encode()).hexdigest()[:12]
 
 
 def default_spool(url: str) -> Path:

@@ -28,7 +28,7 @@ from serving.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings) -> Front:
     """The service as an ASGI app, its bundle loaded and its store open.
 
     Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
@@ -96,7 +96,8 @@ def serve(settings: Settings) -> None:
         port=settings.port,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.max_concurrency,
         timeout_keep_alive=75,  # longer than a gateway's pool keeps a connection, so that the gateway closes first
     )
-    _Server(config, app.state.service).run()
+    server = _Server(config, app.state.service)
+    app.arrived, app.max_waiting = server.server_state.tasks.__len__, settings.max_waiting
+    server.run()

@@ -30,6 +30,7 @@ _TITLES = {
     "conflict": "The Idempotency-Key was used for something else",
     "too-large": "The body is too large",
     "unsupported-media-type": "The body has to be JSON",
+    "overloaded": "The service has too much to do",
     "unavailable": "The service cannot do this at the moment",
     "internal": "The service failed",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute, APIRouter
@@ -62,12 +63,26 @@ class JsonRoute(APIRoute):
         return handle
 
 
+_OVERLOADED = ProblemError(
+    503,
+    "overloaded",
+    "more requests wait than can be decided in time: send this one again",
+    headers={"retry-after": "1"},
+)
+
+
 class Front(FastAPI):
     """A FastAPI app that takes a request to a `JsonRoute` of a plain path straight to its handler.
 
     The way through middleware, exit stacks, dependencies and the matching of routes takes as long as half of a
     decision, and has nothing to do for these: their handler checks the key, reads the body and lets no error past.
     """
+
+    arrived: Callable[[], int] | None = None
+    """How many requests the server has taken in and not ended; None where it does not say."""
+    max_waiting: int = 0
+    """Of these, how many may not have begun before the one whose turn it is is turned away."""
+    _begun: int = 0
 
     def take(self, router: APIRouter) -> None:
         """Includes a router, whose plain paths are then answered straight."""
@@ -84,10 +99,21 @@ class Front(FastAPI):
         handle = self.straight.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
         if handle is None:
             await super().__call__(scope, receive, send)
-        else:
-            scope["app"] = self
-            response = await handle(Request(scope, receive))
-            await response(scope, receive, send)
+            return
+        scope["app"] = self
+        if self.arrived is not None:
+            self._begun += 1
+            cast("asyncio.Task[None]", asyncio.current_task()).add_done_callback(self._ended)
+            if self.arrived() - self._begun >= self.max_waiting and scope["method"] == "POST":
+                # Of those that wait this one has waited longest: its caller is the likeliest to be gone.
+                self.state.service.metrics.responded(scope["path"], 503)
+                await _OVERLOADED.response()(scope, receive, send)
+                return
+        response = await handle(Request(scope, receive))
+        await response(scope, receive, send)
+
+    def _ended(self, _task: asyncio.Task[None]) -> None:
+        self._begun -= 1
 
 
 def decision_headers(request: Request) -> dict[str, str] | None:

@@ -28,7 +28,8 @@ class Settings:
     explain the decision later and are enough to train again), or "text" beside these.
     `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
-    and the port closes `drain_seconds` later.
+    and the port closes `drain_seconds` later. With more than `max_waiting` requests that have come and not begun, the
+    one that has waited longest is answered 503 with Retry-After, so that the others are answered in time.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -44,7 +45,7 @@ class Settings:
     port: int = 8000
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 2 * 1024 * 1024
-    max_concurrency: int | None = None
+    max_waiting: int = 200
     health: HealthSettings = field(default_factory=HealthSettings)
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
@@ -56,6 +57,8 @@ class Settings:
             raise InputError("max_body_bytes has to be at least 1024")
         if min(self.watch_seconds, self.drain_seconds) < 0 or self.commit_seconds <= 0:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
+        if self.max_waiting < 1:
+            raise InputError("max_waiting has to be 1 or more")
         if self.spool_bytes < 1 << 20:
             raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
         if self.store_prompts not in STORE_PROMPTS:
