@@ -42,7 +42,8 @@ def create_app(settings: Settings) -> FastAPI:
         drain=settings.drain, patient=True,
     )  # fmt: skip
     health = Health(settings.health)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
+    metrics = Metrics(live, store, health, settings.baseline_model)
+    service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

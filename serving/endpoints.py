@@ -129,8 +129,11 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     caller, outcome = request.scope["caller"], body.to_outcome()
     name = None if caller is None else caller.name
     receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
-    if not receipt.replayed and "status" in body.model_fields_set:  # feedback alone says nothing of the call
-        service.observe(outcome, name)
+    if not receipt.replayed:
+        called = "status" in body.model_fields_set  # feedback alone says nothing of the call
+        service.count(outcome, called=called)
+        if called:
+            service.observe(outcome, name)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 

@@ -47,19 +47,24 @@ class Service:
 
     def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
         """Decides and counts. Raises what `Router.decide` does."""
-        started = time.perf_counter()
+        clock = time.perf_counter
+        marks = [clock()]
         try:
-            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers))
+            decision, estimate = live.router.decide_with_estimate(
+                asked, self.health.down(live.providers), lambda: marks.append(clock())
+            )
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
             raise
-        self.metrics.decided(asked, decision, live.router.policy, time.perf_counter() - started)
+        started, estimated = marks
+        self.metrics.decided(asked, decision, live.router, estimated - started, clock() - estimated)
         return decision, estimate
 
     def record(
         self, live: Live, body: RouteBody, asked: RouteRequest, decision: RouteDecision, estimate: Estimate
     ) -> None:
         """Hands a decision to the store, with as much of the request as the settings say."""
+        started = time.perf_counter()
         text: dict[str, str | None] = {}
         if self.settings.store_prompts == "text":
             text = {
@@ -73,6 +78,12 @@ class Service:
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
+        self.metrics.took("record", time.perf_counter() - started)
+
+    def count(self, outcome: Outcome, *, called: bool) -> None:
+        """Counts an outcome for the model that served; `called` unless it is feedback alone. Before `observe`."""
+        models, _ = self.routed.get(outcome.decision_id or "", ((), None))
+        self.metrics.spend.reported(outcome, outcome.served_model or next(iter(models), None), called=called)
 
     def observe(self, outcome: Outcome, key: str | None) -> None:
         """Takes an outcome's word for how the models answer: a decision's first, from the key that asked for it.
