@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from router_ml import __version__
 from router_ml.store import Store
-from serving import endpoints, problems
+from serving import endpoints, log_lines, problems
 from serving.health import Health
 from serving.keys import ApiKeys
 from serving.live import LiveRouter
@@ -87,7 +87,8 @@ def serve(settings: Settings) -> None:
     """
     # Read once, when LightGBM is loaded: one thread decides, and idle OpenMP threads would only spin beside it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_lines.configure(settings.log_format)
+    log_lines.log_uncaught()
     app = create_app(settings)
     gc.collect()
     gc.freeze()  # the bundle lives as long as the process: the collector need not walk it again
@@ -96,6 +97,7 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         access_log=False,
+        log_config=None,  # its lines go where all lines go
         server_header=False,
         limit_concurrency=settings.max_concurrency,
         timeout_keep_alive=75,  # longer than a gateway's pool keeps a connection, so that the gateway closes first

@@ -113,7 +113,8 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         try:
             explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
         except Exception as error:  # noqa: BLE001 (the decision stands, and is recorded)
-            log.error("decision %s is not explained: %s", decision.decision_id, type(error).__name__)
+            of = decision.decision_id
+            log.error("decision %s is not explained: %s", of, type(error).__name__, extra={"decision_id": of})
         else:
             answer["explanation"] = cast("ExplanationAnswer", explanation)
     return answer
