@@ -103,7 +103,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     live = service.live.live  # once: no answer mixes two versions
     asked = body.to_request(request.scope["caller"], live.router.policy)
     if record:
-        decision, estimate = service.decide(live, asked)
+        decision, estimate = service.decide(live, asked, request.headers)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
@@ -132,7 +132,7 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
     if not receipt.replayed:
         called = "status" in body.model_fields_set  # feedback alone says nothing of the call
-        service.count(outcome, called=called)
+        service.count(outcome, request.headers, called=called)
         if called:
             service.observe(outcome, name)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
