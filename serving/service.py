@@ -94,10 +94,8 @@ class Service:
         self.metrics.took("record", time.perf_counter() - started)
 
     def count(self, outcome: Outcome, headers: Mapping[str, str], *, called: bool) -> None:
-        """Counts and traces an outcome; `called` unless it is feedback alone. To be told before `observe`."""
-        models, _ = self.routed.get(outcome.decision_id or "", ((), None))
-        model = outcome.served_model or next(iter(models), None)
-        self.metrics.spend.reported(outcome, model, called=called)
+        """Counts and traces an outcome; `called` unless it is feedback alone."""
+        model = self.metrics.spend.reported(outcome, called=called)
         if self.tracing is not None:
             self.tracing.evaluated(headers, outcome, model)
 

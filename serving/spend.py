@@ -6,7 +6,7 @@ Counted on the event loop's thread alone, in plain numbers without locks: some t
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFamily
@@ -16,6 +16,7 @@ from router_ml.router import Router
 from router_ml.types import Candidate, Outcome, RouteDecision
 
 UNKNOWN = "unknown"
+_AWAITED = 50_000  # decisions whose outcomes can still be told by model
 _IF_BASELINE = (
     " had the baseline served the same requests: the setting baseline_model, by default the model with the highest rate"
     " of acceptable answers in the training log; where it may not serve a request, the next best that may"
@@ -69,6 +70,7 @@ class Spend:
             )
         self._baseline_model = baseline_model
         self._rank_for(router)
+        self._served: OrderedDict[str, str] = OrderedDict()
         self._chosen, self._baseline = _sums(), _sums()
         self._paid: defaultdict[str, float] = defaultdict(float)
         self._reported: defaultdict[tuple[str, str], int] = defaultdict(int)
@@ -83,6 +85,9 @@ class Spend:
         if router is not self._router:
             self._rank_for(router)
         chosen, baseline = decision.candidates[0], self._baseline_of(decision)
+        self._served[decision.decision_id] = chosen.model
+        if len(self._served) > _AWAITED:
+            self._served.popitem(last=False)
         _, p, cost, answer, *_ = chosen
         _, p_there, cost_there, answer_there, *_ = baseline
         if not math.isfinite(p + cost + answer + p_there + cost_there + answer_there):
@@ -102,8 +107,13 @@ class Spend:
                 return candidate
         return min(decision.candidates, key=lambda c: self._rank[c.model])
 
-    def reported(self, outcome: Outcome, model: str | None, *, called: bool) -> None:
-        """Adds an outcome of a call of `model` (None: not known); `called` unless it is feedback alone."""
+    def reported(self, outcome: Outcome, *, called: bool) -> str | None:
+        """Adds an outcome, `called` unless it is feedback alone, and returns the model that served, if it is known."""
+        of, model = outcome.decision_id or "", outcome.served_model
+        if model is None:
+            model = self._served.get(of)
+        elif of in self._served and model in self._rank:
+            self._served[of] = model  # feedback that comes later names no model
         name = model if model in self._rank else UNKNOWN  # a name that a caller invents must not become a series
         assert name is not None
         if called:
@@ -114,6 +124,7 @@ class Spend:
             quality = self._quality[name]
             quality[0] += 1
             quality[1] += outcome.quality
+        return model
 
     def collect(self) -> Iterator[Metric]:
         """The sums as metrics."""
