@@ -42,7 +42,10 @@ log = logging.getLogger(__name__)
     "--baseline-model",
     help="The model that metrics compare costs with; by default the one that was best in the training log.",
 )
-@click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
+@click.option(
+    "--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]),
+    help="Each line of the log as text, or as one JSON object.",
+)  # fmt: skip
 @click.option(
     "--otlp-endpoint",
     help="Trace to this collector, OTLP over HTTP; by default to OTEL_EXPORTER_OTLP_ENDPOINT, if that is set.",

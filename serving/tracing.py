@@ -61,10 +61,13 @@ class Tracing:
         ns: int,
     ) -> None:
         """A span of a decision that began at `ns` (of `time.time_ns`), below what the headers' `traceparent` names."""
-        parent = self._propagator.extract(headers)
-        span = self._tracer.start_span(f"route {decision.model}", parent, SpanKind.SERVER, start_time=ns)
-        if span.is_recording():
-            span.set_attributes(_attributes(asked, decision, provider, tier))
+        span = self._tracer.start_span(
+            f"route {decision.model}",
+            self._propagator.extract(headers),
+            SpanKind.SERVER,
+            _attributes(asked, decision, provider, tier),
+            start_time=ns,
+        )
         span.end()
         self._spans[decision.decision_id] = span.get_span_context()
         if len(self._spans) > _AWAITED:
@@ -124,7 +127,6 @@ def _attributes(asked: RouteRequest, decision: RouteDecision, provider: str, tie
         "router_ml.reason": kind(decision.reason),
         "router_ml.explored": decision.explored,
         "router_ml.propensity": decision.propensity,
-        "router_ml.candidates": [candidate.model for candidate in decision.candidates],
         "router_ml.model_version": decision.model_version,
         "router_ml.policy_version": decision.policy_version,
     }

@@ -90,7 +90,6 @@ def test_a_decision_is_a_span_below_the_callers(live: Running, collector: Collec
         "router_ml.reason": told["router_ml.reason"],
         "router_ml.explored": False,
         "router_ml.propensity": 1.0,
-        "router_ml.candidates": [c["model"] for c in answer["candidates"]],
         "router_ml.model_version": answer["model_version"],
         "router_ml.policy_version": answer["policy_version"],
         "router_ml.p_ok": answer["p_ok"],
