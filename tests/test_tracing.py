@@ -211,8 +211,8 @@ def test_a_collector_that_is_away_or_deaf_hurts_nobody(
                 began = time.monotonic()
                 started.send_signal(signal.SIGTERM)
                 said, _ = started.communicate(timeout=30)
-            assert max(times) < 1.0 and sorted(times)[50] < 0.05
-            assert time.monotonic() - began < 8.0
+            assert max(times) < 5.0 and sorted(times)[50] < 0.05
+            assert time.monotonic() - began < 9.0
             assert "Traceback" not in said and CANARY not in said
 
 
