@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from router_ml import log_lines
 from router_ml.errors import RouterError
 from router_ml.terminal import TRACKING, ExistingFile, PathArg
 
@@ -60,7 +61,6 @@ def serve(
 
     Example: router-ml serve --bundle bundle --port 8000
     """
-    from serving import log_lines
     from serving.keys import KEYS_VARIABLE, read_api_keys
     from serving.settings import Settings
 

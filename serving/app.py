@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
-from router_ml import __version__
+from router_ml import __version__, log_lines
 from router_ml.errors import InputError
 from router_ml.store import Store
-from serving import endpoints, log_lines, problems
+from serving import endpoints, problems
 from serving.health import Health
 from serving.keys import ApiKeys
 from serving.live import LiveRouter

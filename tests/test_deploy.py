@@ -227,6 +227,7 @@ def test_the_pieces_fit_each_other(scrape: Scrape) -> None:
     for option in ("bundle", "policy"):
         mount = mounted[option]
         assert Path(options[option]).is_relative_to(mount["mountPath"]) and mount["readOnly"]
+    assert Path(options["spool"]).is_relative_to(mounted["state"]["mountPath"])
     uid = pod()["securityContext"]["runAsUser"]
     assert f"USER {uid}:{uid}" in DOCKERFILE and f"-o {uid} -g {uid} {mounted['state']['mountPath']}" in DOCKERFILE
 

@@ -9,12 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from live_service import ROOT, free_port, process
 
-from serving.log_lines import LineFormatter, exception_of
+from router_ml.log_lines import LineFormatter, exception_of
 from serving.settings import KEYS_VARIABLE
 
 CANARY = "canary-4711"
@@ -156,6 +157,17 @@ def test_a_start_that_fails_is_a_line_too(tmp_path: Path) -> None:
     )
     (line,) = parsed(done.stderr, "json")
     assert done.returncode == 2 and line["level"] == "CRITICAL" and "no bundle at" in str(line["message"])
+
+
+def test_the_process_that_drains_the_spool_says_it_in_the_same_form(tiny_bundle: Path, tmp_path: Path) -> None:
+    away = f"postgresql+psycopg://nobody:{CANARY}@127.0.0.1:{free_port()}/none"
+    with process(bundle=tiny_bundle, store=away, spool=tmp_path / "spool", log_format="json") as (started, http):
+        assert http.post("/route", json={"prompt": CANARY}).is_success
+        time.sleep(1.0)
+        started.kill()  # the other process ends with it
+        said, _ = started.communicate(timeout=60)
+    drained = [line for line in parsed(said, "json") if line["logger"] == "__main__"]
+    assert drained and "the spool keeps what comes" in str(drained[0]["message"]) and CANARY not in said
 
 
 def test_an_exceptions_chain_is_named_without_its_texts() -> None:

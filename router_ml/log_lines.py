@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 Format = Literal["text", "json"]
-_OURS = {"router_ml", "features", "serving"}
+_OURS = {"router_ml", "features", "serving", "__main__"}
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 _VALUES = re.compile(r"[<('\"{\[].*", re.DOTALL)  # where a repr may begin
 _FRAMES = 20  # of an exception, the innermost
@@ -117,6 +117,12 @@ def configure(form: Format) -> None:
     root.addHandler(_Lines(form))
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def configured() -> Format:
+    """The format that `configure` was given; "text" where it was not called."""
+    ours = [handler.formatter for handler in logging.getLogger().handlers if isinstance(handler, _Lines)]
+    return ours[0].form if ours and isinstance(ours[0], LineFormatter) else "text"
 
 
 def log_uncaught() -> None:
