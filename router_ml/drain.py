@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from router_ml import log_lines
 from router_ml.spool import Reader, abandoned
 from router_ml.tables import OUTCOMES, insert_decisions, insert_new, open_database
 
@@ -197,16 +198,17 @@ def run(
 
 
 def main() -> None:
-    """The process: its first line of input is JSON with `url`, `folder` and `interval`; words follow, a line each.
+    """The process: its first line of input is JSON (`url`, `folder`, `interval`, `log`); words follow, a line each.
 
     It writes its progress as a line of JSON after every round that changed it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the service, which ends this process when it is done itself
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     os.nice(5)  # whoever waits for an answer comes first
     lines = _Lines(sys.stdin.fileno())
     settings = json.loads(lines.wait(None) or "{}")
+    log_lines.configure(settings["log"])
+    log_lines.log_uncaught()
 
     def report(progress: Progress) -> None:
         with contextlib.suppress(BrokenPipeError):

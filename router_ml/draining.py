@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from router_ml import log_lines
 from router_ml.drain import RETRY_SECONDS, Drainer, Progress, run
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class DrainProcess:
 
     def __init__(self, url: str, folder: Path, interval: float, lock: int) -> None:
         self.progress = Progress()
-        self._settings = json.dumps({"url": url, "folder": str(folder), "interval": interval})
+        settings = {"url": url, "folder": str(folder), "interval": interval, "log": log_lines.configured()}
+        self._settings = json.dumps(settings)
         self._lock = lock
         self._ending = False
         self._said = threading.Lock()

@@ -81,11 +81,15 @@ class Router:
         return self.decide_with_estimate(request)[0]
 
     def decide_with_estimate(
-        self, request: RouteRequest, down: Mapping[str, str] = _UP
+        self,
+        request: RouteRequest,
+        down: Mapping[str, str] = _UP,
+        estimated: Callable[[], object] | None = None,
     ) -> tuple[RouteDecision, Estimate]:
         """Routes one request, and hands out the estimate behind the decision: what explains it.
 
         `down` holds the models that do not answer just now, and why: they are excluded while another may serve.
+        `estimated` is called between the estimate and the choice, by who measures the two.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -102,6 +106,8 @@ class Router:
         if threshold != request.quality_threshold or dial.max_cost_usd != request.max_cost_usd:  # the tier's
             request = replace(request, quality_threshold=threshold, max_cost_usd=dial.max_cost_usd)
         estimate = self.estimator.estimate(request)
+        if estimated is not None:
+            estimated()
         cost = self.expected_cost(request, estimate)
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import click
 
+from router_ml import log_lines
+from router_ml.errors import RouterError
 from router_ml.terminal import TRACKING, ExistingFile, PathArg
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -17,7 +23,10 @@ from router_ml.terminal import TRACKING, ExistingFile, PathArg
     "--cache", type=PathArg, default=Path("serving-bundle"), show_default=True, help="Where --model is copied to."
 )
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
-@click.option("--store", default="router-ml.db", show_default=True, help="SQLite file or SQLAlchemy URL.")
+@click.option(
+    "--store", default="router-ml.db", show_default=True, envvar="ROUTER_ML_STORE",
+    help="SQLite file or SQLAlchemy URL; one with a password is better in ROUTER_ML_STORE.",
+)  # fmt: skip
 @click.option("--spool", type=PathArg, help="Where decisions wait for the store; by default beside an SQLite file.")
 @click.option(
     "--store-prompts", default="features", show_default=True, type=click.Choice(["none", "features", "text"]),
@@ -26,10 +35,27 @@ from router_ml.terminal import TRACKING, ExistingFile, PathArg
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
+@click.option(
+    "--drain-seconds", default=0.0, show_default=True,
+    help="How long the port stays open after SIGTERM, while readiness says no.",
+)  # fmt: skip
+@click.option(
+    "--baseline-model",
+    help="The model that metrics compare costs with; by default the one that was best in the training log.",
+)
+@click.option(
+    "--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]),
+    help="Each line of the log as text, or as one JSON object.",
+)  # fmt: skip
+@click.option(
+    "--otlp-endpoint",
+    help="Trace to this collector, OTLP over HTTP; by default to OTEL_EXPORTER_OTLP_ENDPOINT, if that is set.",
+)
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
-    store_prompts: str, host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    store_prompts: str, host: str, port: int, api_keys: Path | None, drain_seconds: float,
+    baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -40,18 +66,28 @@ def serve(
 
     if (bundle is None) == (model is None):
         raise click.UsageError("give either --bundle DIRECTORY or --model NAME@ALIAS")
-    if model is not None:
-        from router_ml import registry
+    log_lines.configure(log_format)  # type: ignore[arg-type]
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # it would write lines of its own format
+    try:
+        if model is not None:
+            from router_ml import registry
 
-        name, _, alias = model.partition("@")
-        version = registry.resolve(tracking_uri, name, alias or registry.CHAMPION)
-        bundle = registry.download(tracking_uri, name, version.version, cache)
-    assert bundle is not None
-    settings = Settings(
-        bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
-        host=host, port=port,
-        api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
-    )  # fmt: skip
-    from serving.app import serve as run
+            name, _, alias = model.partition("@")
+            version = registry.resolve(tracking_uri, name, alias or registry.CHAMPION)
+            bundle = registry.download(tracking_uri, name, version.version, cache)
+        assert bundle is not None
+        settings = Settings(
+            bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
+            host=host, port=port,
+            api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
+            drain_seconds=drain_seconds, baseline_model=baseline_model,
+            log_format=log_format, otlp_endpoint=otlp_endpoint,  # type: ignore[arg-type]
+        )  # fmt: skip
+        from serving.app import serve as run
 
-    run(settings)
+        run(settings)
+    except RouterError as error:
+        if log_format != "json":
+            raise
+        log.critical("%s", error)
+        sys.exit(2)

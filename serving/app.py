@@ -10,11 +10,13 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
-from router_ml import __version__
+from router_ml import __version__, log_lines
+from router_ml.errors import InputError
 from router_ml.store import Store
 from serving import endpoints, problems
 from serving.health import Health
@@ -24,6 +26,9 @@ from serving.metrics import Metrics
 from serving.routes import Front
 from serving.service import Service
 from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +47,8 @@ def create_app(settings: Settings) -> Front:
         drain=settings.drain, patient=True,
     )  # fmt: skip
     health = Health(settings.health)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
+    metrics = Metrics(live, store, health, settings.baseline_model)
+    service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health, tracing=_tracing(settings))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -55,14 +61,54 @@ def create_app(settings: Settings) -> Front:
         if watcher is not None:
             watcher.cancel()
         await asyncio.to_thread(store.close)
+        if service.tracing is not None:
+            await service.tracing.close()
 
     # The interactive pages would load scripts from elsewhere; /openapi.json is what they show.
-    app = Front(title="router-ml", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = Front(
+        title="router-ml",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        # The framework's own would send exceptions with their texts, which may quote a prompt, to whoever set it up.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
+    )
     app.state.service = service
     problems.install(app)
     app.take(endpoints.api)
     app.include_router(endpoints.health)
     return app
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """What makes spans, where settings or the environment ask for them; OpenTelemetry is imported only then."""
+    asked = settings.otlp_endpoint is not None
+    if not asked:
+        get = os.environ.get
+        if not (get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or get("OTEL_EXPORTER_OTLP_ENDPOINT")):
+            return None
+        if get("OTEL_SDK_DISABLED", "").lower() == "true" or get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+            return None
+        protocol = get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        if protocol not in (None, "", "http/protobuf"):
+            log.warning("no traces: OTLP is spoken over http/protobuf, and the environment says %s", protocol)
+            return None
+    try:
+        from serving.tracing import Tracing
+    except ModuleNotFoundError as error:
+        need = "traces need the extra otel: pip install 'router-ml[otel]'"
+        if asked:
+            raise InputError(need) from error
+        log.warning("no traces, although OTEL_EXPORTER_OTLP_ENDPOINT is set: %s", need)  # a whole cluster's setting
+        return None
+    return Tracing(settings.otlp_endpoint)
 
 
 class _Server(uvicorn.Server):
@@ -86,7 +132,8 @@ def serve(settings: Settings) -> None:
     """
     # Read once, when LightGBM is loaded: one thread decides, and idle OpenMP threads would only spin beside it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_lines.configure(settings.log_format)
+    log_lines.log_uncaught()
     app = create_app(settings)
     gc.collect()
     gc.freeze()  # the bundle lives as long as the process: the collector need not walk it again
@@ -95,6 +142,7 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         access_log=False,
+        log_config=None,  # its lines go where all lines go
         server_header=False,
         timeout_keep_alive=75,  # longer than a gateway's pool keeps a connection, so that the gateway closes first
     )

@@ -177,7 +177,8 @@ class Caller:
                 return True
             raise _refusal(reply)
         except (RouterUnavailableError, RouterRequestError) as error:
-            log.warning("an outcome of decision %s is not reported: %s", decision_id, error)
+            of = {"decision_id": decision_id}
+            log.warning("an outcome of decision %s is not reported: %s", decision_id, error, extra=of)
             return False
 
     def _call(

@@ -103,7 +103,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     live = service.live.live  # once: no answer mixes two versions
     asked = body.to_request(request.scope["caller"], live.router.policy)
     if record:
-        decision, estimate = service.decide(live, asked)
+        decision, estimate = service.decide(live, asked, request.headers)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
@@ -113,7 +113,8 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         try:
             explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
         except Exception as error:  # noqa: BLE001 (the decision stands, and is recorded)
-            log.error("decision %s is not explained: %s", decision.decision_id, type(error).__name__)
+            of = decision.decision_id
+            log.error("decision %s is not explained: %s", of, type(error).__name__, extra={"decision_id": of})
         else:
             answer["explanation"] = cast("ExplanationAnswer", explanation)
     return answer
@@ -129,8 +130,11 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     caller, outcome = request.scope["caller"], body.to_outcome()
     name = None if caller is None else caller.name
     receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
-    if not receipt.replayed and "status" in body.model_fields_set:  # feedback alone says nothing of the call
-        service.observe(outcome, name)
+    if not receipt.replayed:
+        called = "status" in body.model_fields_set  # feedback alone says nothing of the call
+        service.count(outcome, request.headers, called=called)
+        if called:
+            service.observe(outcome, name)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 

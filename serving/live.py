@@ -100,7 +100,8 @@ class LiveRouter:
             self.changed(live, who)
             self.reloads += 1
             self.last_error = None
-            log.info("serving bundle %s, policy %s", live.router.model_version, live.router.policy.version)
+            versions = {"model_version": live.router.model_version, "policy_version": live.router.policy.version}
+            log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
             return live
 
     async def watch(self, seconds: float) -> None:

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from router_ml.policy import Policy
 from router_ml.reasons import kind
+from router_ml.router import Router
 from router_ml.store import Store
 from router_ml.types import RouteDecision, RouteRequest
 from serving.health import Health
 from serving.live import LiveRouter
+from serving.spend import Spend
+from serving.timing import Durations
 
 SECONDS = (
     *(0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0004, 0.0006, 0.001, 0.0015),
     *(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
 )
+STAGES = ("parse", "estimate", "choose", "record", "serialise")
+STAGE_SECONDS = (
+    *(0.000005, 0.00001, 0.00002, 0.00003, 0.00005, 0.0001, 0.0002, 0.0004),
+    *(0.001, 0.0025, 0.01, 0.05, 0.25, 1.0),
+)
 
 
 class Metrics:
-    """What the service counts as it goes; the state of store and bundle is read when the metrics are."""
+    """What the service counts as it goes; the state of store and bundle is read when the metrics are.
 
-    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
+    Everything that counts is to be called from the event loop's thread. Raises InputError for a `baseline_model` that
+    the bundle does not have.
+    """
+
+    def __init__(self, live: LiveRouter, store: Store, health: Health, baseline_model: str | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.registry.register(_State(live, store, health))
+        self.spend = Spend(live.live.router, baseline_model)
+        self._seconds = Durations(SECONDS)
+        self._stages = {stage: Durations(STAGE_SECONDS) for stage in STAGES}
+        self.registry.register(_Counted(self.spend, self._seconds, self._stages))
         self._decisions = Counter(
             "router_decisions", "Decisions made.", ["model", "tier", "reason"], registry=self.registry
         )
         self._excluded = Counter(
             "router_excluded", "Candidates excluded, by the kind of constraint.", ["constraint"], registry=self.registry
         )
-        self._seconds = Histogram(
-            "router_decision_seconds",
-            "Time to decide, from the parsed body to the decision.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
         self._responses = Counter(
             "router_responses", "Responses, by path and status.", ["path", "status"], registry=self.registry
         )
         self._counters: dict[tuple[object, ...], Counter] = {}
 
-    def decided(self, request: RouteRequest, decision: RouteDecision, policy: Policy, seconds: float) -> None:
-        """Counts a decision that took `seconds`."""
-        tier = "custom" if request.min_probability is not None else request.tier or policy.default_tier
+    def decided(
+        self, request: RouteRequest, decision: RouteDecision, router: Router, estimate_s: float, choose_s: float
+    ) -> None:
+        """Counts a decision, which took so many seconds to estimate and to choose."""
+        tier = tier_of(request, router.policy)
         self._inc(self._decisions, decision.model, tier, kind(decision.reason))
-        self._seconds.observe(seconds)
+        self._seconds.observe(estimate_s + choose_s)
+        self._stages["estimate"].observe(estimate_s)
+        self._stages["choose"].observe(choose_s)
+        self.spend.decided(router, decision, tier)
         for reason in decision.excluded.values():
             self._inc(self._excluded, kind(reason))
 
@@ -56,6 +71,10 @@ class Metrics:
         """Counts the exclusions of a request that no model may serve."""
         for reason in excluded.values():
             self._inc(self._excluded, kind(reason))
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Counts how long one of `STAGES` took for a request."""
+        self._stages[stage].observe(seconds)
 
     def responded(self, path: str, status: int) -> None:
         """Counts a response."""
@@ -72,6 +91,39 @@ class Metrics:
         if child is None:
             child = self._counters[key] = counter.labels(*labels)
         child.inc()
+
+
+def tier_of(request: RouteRequest, policy: Policy) -> str:
+    """The dial of a request by its name; "custom" for one that states a probability of its own."""
+    return "custom" if request.min_probability is not None else request.tier or policy.default_tier
+
+
+class _Counted:
+    """What is counted in plain numbers, as metrics."""
+
+    def __init__(self, spend: Spend, seconds: Durations, stages: dict[str, Durations]) -> None:
+        self.spend = spend
+        self.seconds = seconds
+        self.stages = stages
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        seconds = HistogramMetricFamily(
+            "router_decision_seconds", "Time to decide, from the parsed body to the decision."
+        )
+        seconds.add_metric([], self.seconds.buckets(), self.seconds.total)
+        yield seconds
+        stages = HistogramMetricFamily(
+            "router_stage_seconds",
+            "Time of a decision's stages: parse (key, body, JSON), estimate, choose, record (hand over), serialise.",
+            labels=["stage"],
+        )
+        for stage, durations in self.stages.items():
+            stages.add_metric([stage], durations.buckets(), durations.total)
+        yield stages
+        yield from self.spend.collect()
 
 
 class _State:

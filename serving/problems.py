@@ -81,7 +81,8 @@ def problem_of(error: Exception) -> ProblemError:
     if isinstance(error, RouterError):
         return ProblemError(503, "unavailable", str(error))
     where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    log.error("%s in the service, at %s", type(error).__name__, " <- ".join(reversed(where)))
+    name = type(error).__name__
+    log.error("%s in the service, at %s", name, " <- ".join(reversed(where)), extra={"error": name})
     return ProblemError(500, "internal", "the service's log says where; the request may be sent again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, cast, get_type_hints
 
@@ -38,6 +39,7 @@ class JsonRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             service = request.app.state.service
+            began = parsed = time.perf_counter()
             try:
                 caller = service.keys.caller(request)
                 if caller is not None:
@@ -47,11 +49,17 @@ class JsonRoute(APIRoute):
                     answer = await endpoint(request)
                 else:
                     raw = await read_body(request, service.settings.max_body_bytes)
-                    answer = await endpoint(body_type.model_validate_json(raw), request)
+                    body = body_type.model_validate_json(raw)
+                    parsed = time.perf_counter()
+                    answer = await endpoint(body, request)
                 if to_json is None:
                     response: Response = answer
                 else:
+                    answered = time.perf_counter()
                     response = Response(to_json(answer), 200, decision_headers(request), "application/json")
+                    if "decision" in request.scope:
+                        service.metrics.took("parse", parsed - began)
+                        service.metrics.took("serialise", time.perf_counter() - answered)
             except ClientDisconnect:
                 response = Response(status_code=400)  # nobody reads it
             except Exception as error:  # noqa: BLE001 (the boundary: a traceback outside could quote the prompt)

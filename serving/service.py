@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from router_ml.errors import NoEligibleModelError
 from router_ml.store import Store
@@ -13,9 +15,12 @@ from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
 from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
-from serving.metrics import Metrics
+from serving.metrics import Metrics, tier_of
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from serving.tracing import Tracing
 
 _ROUTED = 50_000
 
@@ -35,6 +40,8 @@ class Service:
 
     Not the decisions themselves: 50,000 of them would take some 200 MB.
     """
+    tracing: Tracing | None = None
+    """None unless it is configured."""
     draining: bool = False
 
     def note(self, live: Live, who: str) -> None:
@@ -45,21 +52,32 @@ class Service:
         self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
         self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
 
-    def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
-        """Decides and counts. Raises what `Router.decide` does."""
-        started = time.perf_counter()
+    def decide(self, live: Live, asked: RouteRequest, headers: Mapping[str, str]) -> tuple[RouteDecision, Estimate]:
+        """Decides, counts and traces; `headers` are the request's. Raises what `Router.decide` does."""
+        began = 0 if self.tracing is None else time.time_ns()
+        clock = time.perf_counter
+        marks = [clock()]
         try:
-            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers))
+            decision, estimate = live.router.decide_with_estimate(
+                asked, self.health.down(live.providers), lambda: marks.append(clock())
+            )
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
+            if self.tracing is not None:
+                self.tracing.refused(headers, error, began)
             raise
-        self.metrics.decided(asked, decision, live.router.policy, time.perf_counter() - started)
+        started, estimated = marks
+        self.metrics.decided(asked, decision, live.router, estimated - started, clock() - estimated)
+        if self.tracing is not None:
+            tier = tier_of(asked, live.router.policy)
+            self.tracing.decided(headers, asked, decision, live.providers[decision.model], tier, began)
         return decision, estimate
 
     def record(
         self, live: Live, body: RouteBody, asked: RouteRequest, decision: RouteDecision, estimate: Estimate
     ) -> None:
         """Hands a decision to the store, with as much of the request as the settings say."""
+        started = time.perf_counter()
         text: dict[str, str | None] = {}
         if self.settings.store_prompts == "text":
             text = {
@@ -73,6 +91,13 @@ class Service:
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
+        self.metrics.took("record", time.perf_counter() - started)
+
+    def count(self, outcome: Outcome, headers: Mapping[str, str], *, called: bool) -> None:
+        """Counts and traces an outcome; `called` unless it is feedback alone."""
+        model = self.metrics.spend.reported(outcome, called=called)
+        if self.tracing is not None:
+            self.tracing.evaluated(headers, outcome, model)
 
     def observe(self, outcome: Outcome, key: str | None) -> None:
         """Takes an outcome's word for how the models answer: a decision's first, from the key that asked for it.

@@ -13,6 +13,7 @@ from serving.health import HealthSettings
 from serving.keys import KEYS_VARIABLE, ApiKey
 
 STORE_PROMPTS = ("none", "features", "text")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,10 @@ class Settings:
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
     and the port closes `drain_seconds` later. With more than `max_waiting` requests that have come and not begun, the
     one that has waited longest is answered 503 with Retry-After, so that the others are answered in time.
+    Metrics compare what decisions cost with `baseline_model` (None: the
+    model with the highest rate of acceptable answers in the training log). `log_format` is that of the log's lines.
+    Spans go to the OTLP collector at `otlp_endpoint`, such as "http://127.0.0.1:4318" (None: where
+    OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set).
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -49,6 +54,9 @@ class Settings:
     health: HealthSettings = field(default_factory=HealthSettings)
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
+    baseline_model: str | None = None
+    log_format: Literal["text", "json"] = "text"
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -63,6 +71,10 @@ class Settings:
             raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
+        if self.log_format not in LOG_FORMATS:
+            raise InputError(f"log_format has to be one of {', '.join(LOG_FORMATS)}")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise InputError("otlp_endpoint has to be the collector's URL for OTLP over HTTP: http://127.0.0.1:4318")
         keys = {n: k if isinstance(k, ApiKey) else ApiKey.of_table(n, k) for n, k in self.api_keys.items()}
         object.__setattr__(self, "api_keys", keys)
         if not self.api_keys and not is_loopback(self.host):

@@ -22,9 +22,9 @@ from training.outcomes import import_outcomes
 from training.world import SIMULATED_CATALOG
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/README.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/README.md", "deploy/README.md")
+] + sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = ("router_ml", "features", "training", "serving", "benchmarks")
 BY_NAME = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
 _PROGRAM = re.compile(rf"(?:\.venv/bin/)?((?:{'|'.join(map(re.escape, PROGRAMS))}|make)\b.*)")
@@ -75,7 +75,9 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 @BY_NAME
 def test_every_file_that_is_named_exists(path: Path) -> None:
     spans = spoken_code(path.read_text(encoding="utf-8"))
-    named = {s for s in spans if re.fullmatch(rf"(?:{'|'.join(FOLDERS)}|docs|tests|notebooks)/[\w/.-]*(?:\.\w+|/)", s)}
+    named = {
+        s for s in spans if re.fullmatch(rf"(?:{'|'.join(FOLDERS)}|docs|tests|notebooks|deploy)/[\w/.-]*(?:\.\w+|/)", s)
+    }
     assert [s for s in sorted(named) if not (ROOT / s).exists()] == []
 
 
