@@ -68,6 +68,15 @@ def postgres_url() -> Iterator[str]:
         server.dispose()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new store, of either kind: a test that takes it runs on both."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/new folder/store.db"
+    monkeypatch.chdir(tmp_path)  # where its spool will be
+    return str(request.getfixturevalue("postgres_url"))
+
+
 @pytest.fixture(scope="session")
 def catalog() -> Catalog:
     """Four models, one of each tier, that differ in price, window, capabilities and clearances."""

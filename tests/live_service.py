@@ -46,7 +46,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(bundle: Path, store: Path, **settings: Any) -> Iterator[Running]:
+def running(bundle: Path, store: Path | str, **settings: Any) -> Iterator[Running]:
     """Serves the bundle on a free port of 127.0.0.1, in a thread of this process."""
     app = create_app(Settings(bundle=bundle, store=str(store), **{"drain": "thread"} | settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
