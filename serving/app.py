@@ -13,8 +13,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from router_ml import __version__
+from router_ml.errors import InputError, RouterError
+from router_ml.policy import Policy
 from router_ml.store import Store
 from serving import endpoints, problems
 from serving.health import Health
@@ -24,6 +27,7 @@ from serving.metrics import Metrics
 from serving.routes import Front
 from serving.service import Service
 from serving.settings import Settings
+from serving.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
     """
-    live = LiveRouter(settings.bundle, settings.policy)
+    health = Health(settings.health)
+    shared = Shared(settings.store, health)
+    live = LiveRouter(settings.bundle, settings.policy, lambda: shared.policy)
     unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
@@ -41,12 +47,15 @@ def create_app(settings: Settings) -> FastAPI:
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
         drain=settings.drain, patient=True,
     )  # fmt: skip
-    health = Health(settings.health)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
+    _catch_up(shared, live, settings)
+    metrics = Metrics(live, store, health, shared)
+    service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared)
+    shared.heard = service.heard
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         store.start()
+        shared.start()
         live.changed = service.note
         service.note(live.live, "the start")
         watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
@@ -54,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
 
     # The interactive pages would load scripts from elsewhere; /openapi.json is what they show.
@@ -63,6 +73,29 @@ def create_app(settings: Settings) -> FastAPI:
     app.take(endpoints.api)
     app.include_router(endpoints.health)
     return app
+
+
+def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:
+    """Begins with what the other processes know. Raises InputError where the policy that is stored cannot be used."""
+    if settings.policy is None:
+        shared.policy_changed = live.set_policy
+    try:
+        shared.round()
+    except (RouterError, SQLAlchemyError) as error:
+        log.error("started without what other processes share: %s", type(error).__name__)
+    if settings.policy is None and (problem := shared.policy_error or _misfit(shared.policy, live)):
+        raise InputError(
+            f"the policy that PUT /policy has stored cannot be used: {problem}. Put another one where a service still "
+            "runs; or start one with a policy file, and take the stored one away there with DELETE /policy"
+        )
+
+
+def _misfit(policy: Policy | None, live: LiveRouter) -> str | None:
+    try:
+        live.live.router.with_policy(policy or Policy())
+    except InputError as error:
+        return str(error)
+    return None
 
 
 class _Server(uvicorn.Server):

@@ -13,6 +13,7 @@ from router_ml.store import Store
 from router_ml.types import RouteDecision, RouteRequest
 from serving.health import Health
 from serving.live import LiveRouter
+from serving.shared import Shared
 
 SECONDS = (
     *(0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0004, 0.0006, 0.001, 0.0015),
@@ -23,10 +24,10 @@ SECONDS = (
 class Metrics:
     """What the service counts as it goes; the state of store and bundle is read when the metrics are."""
 
-    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
+    def __init__(self, live: LiveRouter, store: Store, health: Health, shared: Shared) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.registry.register(_State(live, store, health))
+        self.registry.register(_State(live, store, health, shared))
         self._decisions = Counter(
             "router_decisions", "Decisions made.", ["model", "tier", "reason"], registry=self.registry
         )
@@ -77,8 +78,9 @@ class Metrics:
 class _State:
     """What the holder and the store know, as metrics."""
 
-    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
+    def __init__(self, live: LiveRouter, store: Store, health: Health, shared: Shared) -> None:
         self.live = live
+        self.shared = shared
         self.store = store
         self.health = health
 
@@ -111,3 +113,9 @@ class _State:
             )
         yield CounterMetricFamily("router_store_dropped", "Rows lost: no room, or not storable.", counted.dropped)
         yield CounterMetricFamily("router_store_failures", "Commits that the database refused.", counted.failures)
+        yield CounterMetricFamily(
+            "router_store_unmatched", "Outcomes kept whose decision is not stored.", self.shared.unmatched
+        )
+        yield CounterMetricFamily(
+            "router_shared_failures", "Times that other processes' news was not read.", self.shared.failures
+        )

@@ -50,7 +50,7 @@ class JsonRoute(APIRoute):
                 if to_json is None:
                     response: Response = answer
                 else:
-                    response = Response(to_json(answer), 200, decision_headers(request), "application/json")
+                    response = Response(to_json(answer), 200, answer_headers(request), "application/json")
             except ClientDisconnect:
                 response = Response(status_code=400)  # nobody reads it
             except Exception as error:  # noqa: BLE001 (the boundary: a traceback outside could quote the prompt)
@@ -90,11 +90,15 @@ class Front(FastAPI):
             await response(scope, receive, send)
 
 
-def decision_headers(request: Request) -> dict[str, str] | None:
-    """The decision for proxies that read headers alone. A name that no header can hold is left to the body."""
+def answer_headers(request: Request) -> dict[str, str] | None:
+    """The decision for proxies that read headers alone. A name that no header can hold is left to the body.
+
+    Otherwise the version of what was answered, where the endpoint has said one.
+    """
     decision = request.scope.get("decision")
     if decision is None:
-        return None
+        version = request.scope.get("version")
+        return None if version is None else {"etag": f'"{version}"'}
     headers = {"x-router-decision-id": decision.decision_id}
     if decision.model.isascii() and decision.model.isprintable():
         headers["x-router-model"] = decision.model

@@ -1,4 +1,4 @@
-"""The registry against a real MLflow, on SQLite and Postgres: versions, aliases, downloads, errors that say what to do."""
+"""The registry on a real MLflow, SQLite and Postgres: versions, aliases, downloads, errors that say what to do."""
 
 from __future__ import annotations
 
