@@ -69,7 +69,9 @@ from router_ml.errors import RouterError
 try:
     from serving.app import serve
     from serving.settings import Settings
+    from serving.health import HealthSettings
     values = json.loads(sys.argv[1])
+    values["health"] = HealthSettings(**values.get("health", {}))
     serve(Settings(**{k: Path(v) if k in ("bundle", "policy") else v for k, v in values.items()}))
 except RouterError as error:
     print(f"Error: {error}", file=sys.stderr)
