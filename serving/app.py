@@ -40,14 +40,14 @@ def create_app(settings: Settings) -> FastAPI:
     health = Health(settings.health)
     shared = Shared(settings.store, health)
     live = LiveRouter(settings.bundle, settings.policy, lambda: shared.policy)
-    unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
-    if unknown:
-        log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     store = Store(
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
         drain=settings.drain, patient=True,
     )  # fmt: skip
     _catch_up(shared, live, settings)
+    unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
+    if unknown:
+        log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     metrics = Metrics(live, store, health, shared)
     service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared)
     shared.heard = service.heard

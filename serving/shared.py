@@ -7,13 +7,14 @@ away, routing goes on with what the process knows itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -39,7 +40,8 @@ _PAGE = 500
 class Unclear:
     """A stored outcome whose decision this process does not know, from the API key named `key`.
 
-    `call` says whether it speaks of the call and not of the answer's quality alone; `at` is when it came.
+    `call` says whether it speaks of the call and not of the answer's quality alone; `at` is when it came, or when its
+    decision was first looked for in vain (`missed`).
     """
 
     outcome_id: str
@@ -47,6 +49,7 @@ class Unclear:
     key: str | None
     call: bool
     at: float
+    missed: bool = False
 
 
 class Shared:
@@ -139,7 +142,7 @@ class Shared:
     def _run(self) -> None:
         failing = False
         while not self._closing.is_set():
-            self._wake.wait(PAUSE_SECONDS if self._unclear else POLL_SECONDS)
+            self._wake.wait(0.0 if self._unclear else POLL_SECONDS - PAUSE_SECONDS)
             self._wake.clear()
             try:
                 self.round()
@@ -150,6 +153,8 @@ class Shared:
                     log.error("what processes share is not read, routing goes on: %s", type(error).__name__)
                 failing = True
             self._closing.wait(POLL_SECONDS if failing else PAUSE_SECONDS)
+        with contextlib.suppress(Exception):  # what came since the last round
+            self.round()
 
     def _open(self) -> sa.Engine:
         if self._engine is None:
@@ -181,7 +186,7 @@ class Shared:
             return
         try:
             found = known_decisions(engine, {each.outcome_id: each.outcome for each in kept})
-        except BaseException:
+        except sa.exc.OperationalError:
             self._unclear.extendleft(reversed(kept))
             raise
         for each in kept:
@@ -190,6 +195,8 @@ class Shared:
                 recent = of is not None and of["time_us"] / 1e6 > time.time() - NEWS_SECONDS
                 if of is not None and recent and each.call and of["first"] and of["key"] == each.key:
                     self.heard(each.outcome, of["models"])
+            elif not each.missed:
+                self._unclear.append(replace(each, at=now, missed=True))
             elif now < each.at + GRACE_SECONDS:
                 self._unclear.append(each)
             else:

@@ -75,8 +75,13 @@ def metric(http: httpx.Client, name: str) -> float:
 
 def matched(live: Running) -> None:
     """Waits until every outcome has found its decision, or none."""
-    wait_for(lambda: not live.service.shared._unclear)
-    live.service.shared.round()  # the one that took the last has ended
+    shared = live.service.shared
+
+    def none_left() -> bool:
+        with shared._turn:  # while none is looked up
+            return not shared._unclear
+
+    wait_for(none_left)
 
 
 def soon(condition: Callable[[], bool]) -> None:

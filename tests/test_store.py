@@ -176,12 +176,14 @@ def test_features_of_another_layout_are_refused() -> None:
             unpack_features(broken)
 
 
-def test_a_database_of_an_earlier_program_gets_the_new_column(store_url: str) -> None:
+def test_a_database_of_an_earlier_program_gets_what_is_new(store_url: str) -> None:
     store = Store(store_url).start()
     old = kept(store, decision())
     store.close()
     execute(store_url, "ALTER TABLE decisions DROP COLUMN features")
+    execute(store_url, "DROP TABLE shared")
     both = [Store(store_url), Store(store_url)]
+    assert execute(store_url, "SELECT count(*) FROM shared") == [(0,)]
     made = decision()
     both[0].start()
     assert both[0].record(request(), made, provider="acme", features=features())
