@@ -111,6 +111,8 @@ class LiveRouter:
     def set_policy(self, policy: Policy) -> None:
         """Serves under another policy from now on. Raises InputError, and changes nothing, where it does not fit."""
         with self._lock:
+            if policy.version == self.live.router.policy.version:
+                return
             self.live = replace(self.live, router=self.live.router.with_policy(policy))
             self._retry_at = 0.0  # a bundle that did not fit the policy before may fit this one
             log.info("serving under policy %s", policy.version)

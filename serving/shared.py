@@ -30,6 +30,7 @@ from serving.health import Health
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 PAUSE_SECONDS = 0.2  # between two rounds at least
+READ_ALL = 60  # rounds
 GRACE_SECONDS = 5.0  # in which a decision's own process may be late with its commit
 NEWS_SECONDS = 600.0  # an outcome of an older decision says nothing of how the models answer now
 _AWAITED = 10_000
@@ -71,6 +72,7 @@ class Shared:
         self._health = health
         self._engine: sa.Engine | None = None
         self._seen = 0
+        self._rounds = 0
         self._read_at = -float("inf")
         self._unclear: deque[Unclear] = deque(maxlen=_AWAITED)
         self._turn = threading.Lock()
@@ -109,7 +111,8 @@ class Shared:
         database does not answer.
         """
         try:
-            put_policy(self._open(), policy, who, expected)
+            with self._turn:
+                put_policy(self._open(), policy, who, expected)
             self.round()
         except (sa.exc.SQLAlchemyError, InputError) as error:
             log.error("the policy is not stored: %s", type(error).__name__)
@@ -128,7 +131,9 @@ class Shared:
                 engine = self._open()
                 if told:
                     publish(engine, told)
-                news = read(engine, self._seen)
+                self._rounds += 1
+                # Now and then everything: a database that was restored has gone back behind the serial that was seen.
+                news = read(engine, 0 if self._rounds % READ_ALL == 0 else self._seen)
             except BaseException:
                 self._health.give_back(told)
                 raise

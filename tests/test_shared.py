@@ -380,6 +380,23 @@ def test_serials_become_visible_in_their_order(store_url: str) -> None:
     assert serial == 100 and seen == dict.fromkeys("0123", "24")
 
 
+def test_a_database_that_was_restored_is_caught_up_with(
+    tiny_bundle: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.shared.READ_ALL", 2)
+    with running(tiny_bundle, store_url) as live:
+        for state in ("open", "closed", "open"):
+            assert live.http.put("/models/frontier/health", json={"state": state}).status_code == 200
+        wait_for(lambda: live.service.shared._seen > 0)
+        engine = open_database(store_url)
+        with engine.begin() as connection:
+            connection.execute(sa.text("delete from shared"))
+        put_policy(engine, Policy(tiers={"standard": 0.55}), "me")
+        publish(engine, [Circuit("model", "mid", "hand", True, "taken out by hand", 0.0, True)])
+        wait_for(lambda: live.http.post("/route", json=PROMPT).json()["min_probability"] == 0.55)
+        wait_for(lambda: "mid" in live.http.post("/route", json=PROMPT).json()["excluded"])
+
+
 def test_an_idle_process_reads_once_a_second(tiny_bundle: Path, tmp_path: Path) -> None:
     with running(tiny_bundle, tmp_path / "store.db") as live:
         asked: list[str] = []
