@@ -82,7 +82,7 @@ def known_decisions(engine: sa.Engine, outcomes: Mapping[str, Outcome]) -> dict[
     for identity, outcome in outcomes.items():
         if (of := stored.get(outcome.decision_id or "")) is not None:
             models = tuple(candidate["model"] for candidate in of["candidates"])
-            is_first = first.get(of["decision_id"]) == identity
+            is_first = first.get(of["decision_id"], identity) == identity  # it may be on its way itself
             found[identity] = {"key": of["key"], "models": models, "time_us": of["time_us"], "first": is_first}
     return found
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from router_ml import __version__
 from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
-from router_ml.store import Store
+from router_ml.store import Store, default_spool
 from serving import endpoints, problems
 from serving.health import Health
 from serving.keys import ApiKeys
@@ -38,7 +38,8 @@ def create_app(settings: Settings) -> FastAPI:
     Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
     """
     health = Health(settings.health)
-    shared = Shared(settings.store, health)
+    spool = settings.spool or default_spool(settings.store)
+    shared = Shared(settings.store, health, spool.with_name(f"{spool.name}.policy.json"))
     live = LiveRouter(settings.bundle, settings.policy, lambda: shared.policy)
     store = Store(
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
@@ -83,6 +84,7 @@ def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:
         shared.round()
     except (RouterError, SQLAlchemyError) as error:
         log.error("started without what other processes share: %s", type(error).__name__)
+        shared.recall()
     if settings.policy is None and (problem := shared.policy_error or _misfit(shared.policy, live)):
         raise InputError(
             f"the policy that PUT /policy has stored cannot be used: {problem}. Put another one where a service still "

@@ -8,13 +8,16 @@ away, routing goes on with what the process knows itself.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -54,9 +57,12 @@ class Unclear:
 
 
 class Shared:
-    """What this process shares with the others on the database at `url`; every method may be called from any thread."""
+    """What this process shares with the others on the database at `url`; every method may be called from any thread.
 
-    def __init__(self, url: str, health: Health) -> None:
+    The file `cache` keeps the policy that was last read, for a start while the database is away.
+    """
+
+    def __init__(self, url: str, health: Health, cache: Path) -> None:
         self.policy: Policy | None = None
         """The policy that is stored for all processes, as far as it is known; None where none is."""
         self.policy_error: str | None = None
@@ -69,6 +75,8 @@ class Shared:
         """Outcomes since the start whose decision is not stored."""
         self.failures = 0
         self._url = url
+        self._cache = cache
+        self._whose = hashlib.sha256(url.encode()).hexdigest()[:16]  # the cache is of no use to another database
         self._health = health
         self._engine: sa.Engine | None = None
         self._seen = 0
@@ -141,8 +149,24 @@ class Shared:
                 self._health.adopt(circuit)
             if news.policy is not None:
                 self._take_policy(news.policy)
+                self._remember(news.policy)
             self._seen, self._read_at = news.serial, time.monotonic()
             self._match(engine)
+
+    def recall(self) -> None:
+        """Takes up the policy that was last read from this database, on this machine."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._cache.read_text(encoding="utf-8"))
+            if kept["whose"] == self._whose:
+                self._take_policy(kept["policy"])
+
+    def _remember(self, stored: str) -> None:
+        aside = self._cache.with_name(f".{self._cache.name}.{os.getpid()}")
+        try:
+            aside.write_text(json.dumps({"whose": self._whose, "policy": stored}), encoding="utf-8")
+            aside.replace(self._cache)
+        except OSError as error:
+            log.error("the policy is not kept for a start without the database: %s", error.strerror)
 
     def _run(self) -> None:
         failing = False

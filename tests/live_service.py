@@ -72,7 +72,7 @@ try:
     from serving.health import HealthSettings
     values = json.loads(sys.argv[1])
     values["health"] = HealthSettings(**values.get("health", {}))
-    serve(Settings(**{k: Path(v) if k in ("bundle", "policy") else v for k, v in values.items()}))
+    serve(Settings(**{k: Path(v) if k in ("bundle", "policy", "spool") else v for k, v in values.items()}))
 except RouterError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)

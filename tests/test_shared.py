@@ -49,11 +49,11 @@ class Pair:
 def pair(request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes on one store, of either kind."""
     with contextlib.ExitStack() as stack:
-        if request.param == "sqlite":
-            url = f"sqlite:///{tmp_path_factory.mktemp('shared')}/store.db"
-        else:
+        folder = tmp_path_factory.mktemp("shared")
+        url = f"sqlite:///{folder}/store.db"
+        if request.param == "postgresql":
             url = stack.enter_context(new_postgres())
-        settings = {"bundle": tiny_bundle, "store": url, "api_keys": KEYS, "health": HEALTH}
+        settings = {"bundle": tiny_bundle, "store": url, "spool": folder / "spool", "api_keys": KEYS, "health": HEALTH}
         a, b = (stack.enter_context(process(**settings))[1] for _ in "ab")
         yield Pair(a, b, url)
 
@@ -206,12 +206,16 @@ def test_an_outcome_days_later_joins_and_says_nothing_of_now(store_url: str, tin
         assert live.service.health.states() == {} and live.service.shared.unmatched == 0
 
 
-def test_with_the_database_away_routing_goes_on_and_catches_up(tiny_bundle: Path, postgres_url: str) -> None:
-    url = sa.make_url(postgres_url)
+def test_with_the_database_away_routing_goes_on_and_catches_up(
+    tiny_bundle: Path, postgres_url: str, tmp_path: Path
+) -> None:
+    url, spool = sa.make_url(postgres_url), tmp_path / "spool"
     with relay_to(url.port or 5432) as relay:
         through = url.set(port=int(relay.url.rpartition(":")[2])).render_as_string(hide_password=False)
-        health = HealthSettings(min_calls=3)
-        with running(tiny_bundle, through, health=health) as live, running(tiny_bundle, postgres_url) as other:
+        with (
+            running(tiny_bundle, through, spool=spool) as live,
+            running(tiny_bundle, postgres_url, spool=spool) as other,
+        ):
             with relay.cut():
                 wait_for(lambda: live.service.shared.failures > 0)
                 assert live.http.put("/models/frontier/health", json={"state": "open"}).status_code == 200
@@ -225,6 +229,17 @@ def test_with_the_database_away_routing_goes_on_and_catches_up(tiny_bundle: Path
             wait_for(lambda: live.http.post("/route", json=PROMPT).json()["min_probability"] == 0.55, 10)
             wait_for(lambda: "frontier" in other.http.post("/route", json=PROMPT).json()["excluded"], WITHIN)
             wait_for(lambda: live.http.get("/readyz").json()["degraded"] == [])
+
+
+def test_a_start_without_the_database_keeps_the_policy(tiny_bundle: Path, postgres_url: str, tmp_path: Path) -> None:
+    url = sa.make_url(postgres_url)
+    with relay_to(url.port or 5432) as relay:
+        through = url.set(port=int(relay.url.rpartition(":")[2])).render_as_string(hide_password=False)
+        with running(tiny_bundle, through, spool=tmp_path / "spool") as live:
+            assert live.http.put("/policy", json={"tiers": {"standard": 0.55}}).status_code == 200
+        with relay.cut(), running(tiny_bundle, through, spool=tmp_path / "spool") as live:
+            assert live.http.post("/route", json=PROMPT).json()["min_probability"] == 0.55
+            assert {"store", "shared"} <= set(live.http.get("/readyz").json()["degraded"])
 
 
 def test_a_restart_keeps_what_was_set_and_forgets_what_has_expired(store_url: str, tiny_bundle: Path) -> None:
