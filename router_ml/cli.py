@@ -142,10 +142,12 @@ def train(
     click.echo(f"bundle {made.version} in {out}")
     click.echo(json.dumps(made.metrics, indent=1))
     if name:
+        from router_ml.registry import shown
         from training.report import publish
 
         version = publish(made, out, tracking_uri=tracking_uri, name=name, alias=alias)
-        click.echo(f"registered as {version.name} version {version.version}, alias {version.alias} ({tracking_uri})")
+        where = shown(tracking_uri)
+        click.echo(f"registered as {version.name} version {version.version}, alias {version.alias} ({where})")
 
 
 @main.command()

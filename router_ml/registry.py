@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -47,8 +48,9 @@ class ModelVersion:
 def ensure_store(uri: str) -> None:
     """Creates the store behind `uri`, or brings its schema up to date; does nothing more where it is ready.
 
-    Processes that use a new SQLite store at once would each run the schema migration over the other's tables, so one
-    does it under a file lock beside the database and the rest wait. Raises RegistryError.
+    Processes that use a new store at once would each run the schema migration over the other's tables, so one does it
+    under a lock (SQLite: a file beside the database; Postgres: an advisory one) and the rest wait.
+    Raises RegistryError.
     """
     with _reported(uri), _locked(uri):
         _client(uri).search_experiments(max_results=1)
@@ -62,7 +64,7 @@ def resolve(uri: str, name: str, alias: str = CHAMPION) -> ModelVersion:
         if alias not in model.aliases:
             known = ", ".join(sorted(model.aliases)) or "none yet"
             raise RegistryError(
-                f"model {name!r} in {uri} has no alias {alias!r} (it has: {known}): "
+                f"model {name!r} in {shown(uri)} has no alias {alias!r} (it has: {known}): "
                 f"promote a version to it first, or name another alias"
             )
         return _version(client, uri, name, str(model.aliases[alias]), alias)
@@ -134,6 +136,11 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
 
 
+def shown(uri: str) -> str:
+    """The URI as errors may show it: without a password."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+
+
 def connect(uri: str) -> MlflowClient:
     """A client of a store that exists, for what these functions do not cover. Raises RegistryError."""
     return _open(uri)
@@ -195,7 +202,7 @@ def _registered(client: MlflowClient, uri: str, name: str) -> Any:
             raise
         known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none yet"
         raise RegistryError(
-            f"no model {name!r} is registered in {uri} (registered: {known}): register one with "
+            f"no model {name!r} is registered in {shown(uri)} (registered: {known}): register one with "
             f"`router-ml train --register {name}`, or correct the name"
         ) from None
 
@@ -214,7 +221,7 @@ def _version(
         numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'", max_results=20))
         known = ", ".join(map(str, numbers)) or "none"
         raise RegistryError(
-            f"model {name!r} in {uri} has no version {version!r} (it has: {known}): name one it has"
+            f"model {name!r} in {shown(uri)} has no version {version!r} (it has: {known}): name one it has"
         ) from None
     return ModelVersion(
         name=name,
@@ -252,6 +259,10 @@ def _fetch(uri: str, artifact_uri: str, to: Path) -> Path:
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
     _check_uri(uri)
+    if uri.startswith("postgresql"):
+        with _locked_postgres(uri):
+            yield
+        return
     path = sqlite_path(uri)
     if path is None:
         yield
@@ -271,6 +282,17 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 @contextmanager
+def _locked_postgres(uri: str) -> Iterator[None]:
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(uri, poolclass=sa.NullPool)
+    with engine.begin() as connection:  # the lock ends with its transaction, however the process does
+        connection.exec_driver_sql("set local lock_timeout = '120s'")
+        connection.exec_driver_sql("select pg_advisory_xact_lock(7205759405)")
+        yield
+
+
+@contextmanager
 def _reported(uri: str) -> Iterator[None]:
     """Turns what MLflow, its database and its HTTP client raise into a RegistryError that names the store."""
     try:
@@ -282,8 +304,8 @@ def _reported(uri: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise RegistryError(
-            f"the model registry {uri} did not answer as it should: {reason}; check that the tracking URI is right and "
-            f"that it can be reached and written to"
+            f"the model registry {shown(uri)} did not answer as it should: {reason}; check that the tracking URI is "
+            f"right and that it can be reached and written to"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from router_ml.tables import DECISIONS, OUTCOMES
-from router_ml.types import Candidate, RouteDecision
+from router_ml.types import Candidate, Outcome, RouteDecision
 
 PAGE = 500
 REPORTED = (
@@ -19,6 +19,8 @@ REPORTED = (
     "served_model",
 )
 FEEDBACK = {"quality", "quality_source", "status", "retries"}
+_OUTCOME_ID = OUTCOMES.c.outcome_id
+_SAME_KEY = DECISIONS.c.key.is_not_distinct_from(OUTCOMES.c.key)
 
 
 def pages(engine: sa.Engine, table: sa.Table, since_us: int, *, without: str = "") -> Iterator[list[dict[str, Any]]]:
@@ -50,6 +52,47 @@ def find_decision(engine: sa.Engine, decision_id: str) -> dict[str, Any] | None:
     return None if row is None else dict(row)
 
 
+def known_decisions(engine: sa.Engine, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any] | None]:
+    """By id those of the outcomes (some hundred) that belong to a stored decision, as `log_rows` joins them.
+
+    The value is of the decision that an outcome names: `key`, `models` in order, `time_us`, and whether the outcome is
+    the `first` that the decision's key has sent of its call. It is None where the outcome names a request only.
+    """
+    named = {o.decision_id for o in outcomes.values()} - {None}
+    decisions = sa.select(*(DECISIONS.c[n] for n in ("decision_id", "key", "time_us", "candidates")))
+    said = sa.select(OUTCOMES).where(OUTCOMES.c.decision_id.in_(named)).order_by(OUTCOMES.c.time_us, _OUTCOME_ID)
+    bare = [i for i, o in outcomes.items() if o.decision_id is None]
+    of_request = (
+        sa.select(_OUTCOME_ID)
+        .join(DECISIONS, sa.and_(DECISIONS.c.request_id == OUTCOMES.c.request_id, _SAME_KEY))
+        .where(_OUTCOME_ID.in_(bare))
+    )
+    with engine.connect() as connection:
+        rows = connection.execute(decisions.where(DECISIONS.c.decision_id.in_(named))).mappings().all()
+        told = connection.execute(said).mappings().all() if rows else ()
+        found: dict[str, dict[str, Any] | None] = (
+            dict.fromkeys(connection.execute(of_request).scalars()) if bare else {}
+        )
+    stored = {row["decision_id"]: row for row in rows}
+    first: dict[str, str] = {}
+    for row in told:
+        of = stored.get(row["decision_id"])
+        if of is not None and row["key"] == of["key"] and not _feedback_alone(row):
+            first.setdefault(row["decision_id"], row["outcome_id"])
+    for identity, outcome in outcomes.items():
+        if (of := stored.get(outcome.decision_id or "")) is not None:
+            models = tuple(candidate["model"] for candidate in of["candidates"])
+            is_first = first.get(of["decision_id"], identity) == identity  # it may be on its way itself
+            found[identity] = {"key": of["key"], "models": models, "time_us": of["time_us"], "first": is_first}
+    return found
+
+
+def _feedback_alone(row: sa.RowMapping) -> bool:
+    """Whether an outcome speaks of the answer's quality and not of the call."""
+    said = {name for name in REPORTED if row[name] is not None}
+    return row["quality"] is not None and said <= FEEDBACK and row["status"] == "ok" and not row["retries"]
+
+
 def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
     """The decision that a row of the table holds; a number that was not finite when it was stored is NaN."""
 
@@ -65,7 +108,7 @@ def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
 
 def counts(engine: sa.Engine) -> dict[str, int]:
     """How many decisions and outcomes are stored, and how many outcomes belong to no stored decision."""
-    same_request = sa.exists().where(DECISIONS.c.request_id == OUTCOMES.c.request_id)
+    same_request = sa.exists().where(DECISIONS.c.request_id == OUTCOMES.c.request_id, _SAME_KEY)
     known = sa.or_(
         sa.exists().where(DECISIONS.c.decision_id == OUTCOMES.c.decision_id),
         sa.and_(OUTCOMES.c.decision_id.is_(None), same_request),

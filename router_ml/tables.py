@@ -76,6 +76,14 @@ CHANGES = sa.Table(
     sa.Column("before", sa.Text),
     sa.Column("after", sa.Text, nullable=False),
 )
+SHARED = sa.Table(
+    "shared",
+    METADATA,
+    sa.Column("kind", sa.String, primary_key=True),  # "model" or "provider": a circuit; "policy"
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("serial", sa.BigInteger, nullable=False, index=True),  # of the latest change; rises from change to change
+    sa.Column("value", sa.Text),  # JSON, see `router_ml.shared`
+)
 
 
 # A server that is gone without a word is given up after seconds, not after TCP's quarter of an hour.
@@ -99,8 +107,11 @@ def open_database(url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
         # Without hide_parameters an error's text would hold the row, and so the prompt.
-        server = parsed.get_backend_name() == "postgresql"
-        options: dict[str, Any] = {"connect_args": _PATIENCE, "pool_pre_ping": True} if server else {}
+        options: dict[str, Any] = {}
+        if parsed.get_backend_name() == "postgresql":
+            libpq = parsed.get_driver_name() in ("psycopg", "psycopg2")
+            patience = {k: v for k, v in _PATIENCE.items() if libpq and k not in parsed.query}
+            options = {"connect_args": patience, "pool_pre_ping": True}
         engine = sa.create_engine(parsed, hide_parameters=True, **options)
         if engine.dialect.name not in ("sqlite", "postgresql"):
             raise InputError(f"the store {name} is neither SQLite nor Postgres: use one of these")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from router_ml import __version__, log_lines
-from router_ml.errors import InputError
-from router_ml.store import Store
+from router_ml.errors import InputError, RouterError
+from router_ml.policy import Policy
+from router_ml.store import Store, default_spool
 from serving import endpoints, problems
 from serving.health import Health
 from serving.keys import ApiKeys
@@ -26,6 +28,7 @@ from serving.metrics import Metrics
 from serving.routes import Front
 from serving.service import Service
 from serving.settings import Settings
+from serving.shared import Shared
 
 if TYPE_CHECKING:
     from serving.tracing import Tracing
@@ -38,21 +41,28 @@ def create_app(settings: Settings) -> Front:
 
     Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
     """
-    live = LiveRouter(settings.bundle, settings.policy)
-    unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
-    if unknown:
-        log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
+    health = Health(settings.health)
+    spool = settings.spool or default_spool(settings.store)
+    shared = Shared(settings.store, health, spool.with_name(f"{spool.name}.policy.json"))
+    live = LiveRouter(settings.bundle, settings.policy, lambda: shared.policy)
     store = Store(
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
         drain=settings.drain, patient=True,
     )  # fmt: skip
-    health = Health(settings.health)
-    metrics = Metrics(live, store, health, settings.baseline_model)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health, tracing=_tracing(settings))
+    _catch_up(shared, live, settings)
+    unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
+    if unknown:
+        log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
+    metrics = Metrics(live, store, health, shared, settings.baseline_model)
+    service = Service(
+        settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, tracing=_tracing(settings)
+    )
+    shared.heard = service.heard
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         store.start()
+        shared.start()
         live.changed = service.note
         service.note(live.live, "the start")
         watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
@@ -60,6 +70,7 @@ def create_app(settings: Settings) -> Front:
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
         if service.tracing is not None:
             await service.tracing.close()
@@ -109,6 +120,30 @@ def _tracing(settings: Settings) -> Tracing | None:
         log.warning("no traces, although OTEL_EXPORTER_OTLP_ENDPOINT is set: %s", need)  # a whole cluster's setting
         return None
     return Tracing(settings.otlp_endpoint)
+
+
+def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:
+    """Begins with what the other processes know. Raises InputError where the policy that is stored cannot be used."""
+    if settings.policy is None:
+        shared.policy_changed = live.set_policy
+    try:
+        shared.round()
+    except (RouterError, SQLAlchemyError) as error:
+        log.error("started without what other processes share: %s", type(error).__name__)
+        shared.recall()
+    if settings.policy is None and (problem := shared.policy_error or _misfit(shared.policy, live)):
+        raise InputError(
+            f"the policy that PUT /policy has stored cannot be used: {problem}. Put another one where a service still "
+            "runs; or start one with a policy file, and take the stored one away there with DELETE /policy"
+        )
+
+
+def _misfit(policy: Policy | None, live: LiveRouter) -> str | None:
+    try:
+        live.live.router.with_policy(policy or Policy())
+    except InputError as error:
+        return str(error)
+    return None
 
 
 class _Server(uvicorn.Server):

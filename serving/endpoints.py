@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router_ml.errors import InputError
+from router_ml.policy import Policy
 from serving.keys import SCOPES
 from serving.problems import MEDIA_TYPE, ProblemError, problem_of
 from serving.routes import JsonRoute
@@ -30,6 +31,7 @@ from serving.schemas import (
     OutcomeBody,
     PlanoAnswer,
     PolicyAnswer,
+    PolicyBody,
     ProblemAnswer,
     ReadyAnswer,
     RouteAnswer,
@@ -56,6 +58,22 @@ _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name=
 _ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
 _HEALTH = _SET_HEALTH | {
     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
+}
+_SET_POLICY = _ADMIN | {
+    "parameters": [
+        {
+            "name": "if-match",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "The version that is to be replaced, as GET /policy answers it; otherwise whatever it is.",
+        }
+    ]
+}
+_PUT: dict[int | str, dict[str, Any]] = {
+    409: {"description": "A policy file rules", "content": _CONTENT},
+    412: {"description": "The policy is of another version than If-Match says", "content": _CONTENT},
+    503: {"description": "The database does not answer", "content": _CONTENT},
 }
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such model", "content": _CONTENT}}
 api = APIRouter(route_class=JsonRoute, dependencies=_SECURITY, responses=_PROBLEMS)
@@ -133,8 +151,7 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     if not receipt.replayed:
         called = "status" in body.model_fields_set  # feedback alone says nothing of the call
         service.count(outcome, request.headers, called=called)
-        if called:
-            service.observe(outcome, name)
+        service.observe(receipt.outcome_id, outcome, name, call=called)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 
 
@@ -149,7 +166,7 @@ async def models(request: Request) -> ModelsAnswer:
 async def set_health(body: HealthBody, request: Request) -> HealthAnswer:
     """For a gateway that knows of an outage before its outcomes tell."""
     service, model = request.app.state.service, request.path_params["model"]
-    if model not in service.live.live.providers:
+    if model not in service.live.live.providers and ("model", model) not in service.health.states():
         raise ProblemError(404, "not-found", f"the catalogue has no model {model!r}: GET /models lists them")
     service.health.set(model, body.state)
     return {"model": model, "state": service.health.states().get(("model", model), "closed")}
@@ -158,8 +175,46 @@ async def set_health(body: HealthBody, request: Request) -> HealthAnswer:
 @api.get("/policy", summary="The policy in force")
 async def policy(request: Request) -> PolicyAnswer:
     """Tiers, rules, allow-lists and the exploration rate."""
-    router = request.app.state.service.live.live.router
-    return {"version": router.policy.version, "policy": router.policy.to_json()}
+    return _policy_in_force(request)
+
+
+@api.put("/policy", summary="Set the policy of all processes", openapi_extra=_SET_POLICY, responses=_PUT)
+async def put_policy(body: PolicyBody, request: Request) -> PolicyAnswer:
+    """Stored in the database, in force here at once and within two seconds in every process on it, restarts included.
+
+    Where the service was started with a policy file, that one rules, and this is refused. `If-Match` with the version
+    that was read keeps two changes from undoing each other.
+    """
+    service: Service = request.app.state.service
+    if service.settings.policy is not None:
+        name = service.settings.policy.name
+        said = f"the file {name} sets the policy: change it there, it is followed; or start the service without it"
+        raise ProblemError(409, "policy-file", said)
+    put = Policy.from_json(body.root, "the policy")
+    service.live.live.router.with_policy(put)  # it has to fit the bundle
+    return await _put_policy(request, put)
+
+
+@api.delete("/policy", summary="Back to the default policy", openapi_extra=_SET_POLICY, responses=_PUT)
+async def delete_policy(request: Request) -> PolicyAnswer:
+    """Takes away what was put, and answers the policy in force: the default one, or that of the service's file."""
+    return await _put_policy(request, Policy())
+
+
+async def _put_policy(request: Request, put: Policy) -> PolicyAnswer:
+    service, caller, given = request.app.state.service, request.scope["caller"], request.headers.get("if-match", "*")
+    expected = (
+        None if given.strip() == "*" else frozenset(v.strip().removeprefix("W/").strip('"') for v in given.split(","))
+    )
+    who = "anyone" if caller is None else caller.name
+    await asyncio.to_thread(service.shared.put_policy, put, who, expected)
+    return _policy_in_force(request)
+
+
+def _policy_in_force(request: Request) -> PolicyAnswer:
+    policy = request.app.state.service.live.live.router.policy
+    request.scope["version"] = policy.version
+    return {"version": policy.version, "policy": policy.to_json()}
 
 
 @api.get("/metrics", summary="Prometheus metrics")
@@ -204,12 +259,9 @@ async def readyz(request: Request) -> ReadyAnswer:
     if service.draining:
         raise ProblemError(503, "unavailable", "the service is going away: use another instance")
     router = service.live.live.router
-    degraded = service.store.degraded
-    if service.live.last_error is not None:
-        degraded.append("bundle")
     return {
         "status": "ready",
         "model_version": router.model_version,
         "policy_version": router.policy.version,
-        "degraded": degraded,
+        "degraded": service.degraded(),
     }

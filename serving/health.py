@@ -3,6 +3,7 @@
 A closed circuit opens when enough of the calls in a window failed. An open one keeps its model out for a while; then it
 is half open: a few requests may try, and what becomes of them closes it or opens it again. A gateway that knows better
 sets a circuit itself. Everything here is in memory and takes microseconds; where nothing is open, nothing is looked at.
+What becomes of circuits is kept until `take` has it, for other processes; `adopt` takes in what they say.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from router_ml.errors import InputError
+from router_ml.shared import Circuit, How
 
 State = Literal["closed", "open", "half-open"]
 FAILED = ("error", "timeout", "rate_limited")
@@ -62,6 +64,9 @@ class Health:
         self._lock = threading.Lock()
         self._circuits: dict[tuple[str, str], _Circuit] = {}
         self._open: set[tuple[str, str]] = set()
+        self._untold: dict[tuple[str, str], How] = {}
+        self.changed: Callable[[], None] = lambda: None
+        """Told, from any thread, that there is something to `take`."""
 
     def report(self, model: str, provider: str, *, failed: bool, decision_id: str = "") -> None:
         """Takes in how a call of a model ended. A half-open circuit listens to the decisions that it let through."""
@@ -105,6 +110,7 @@ class Health:
             key = ("model", model) if ("model", model) in self._open else ("provider", provider)
             if key in self._open and not self._blocks(circuit := self._circuits[key], now):
                 circuit.probes[decision_id] = now
+                self._tell(key, "probe")
 
     def set(self, model: str, state: Literal["open", "closed", "auto"]) -> None:
         """Opens a model's circuit until further notice, closes it, or leaves it to outcomes again (which closes it)."""
@@ -116,6 +122,39 @@ class Health:
                 self._open.add(key)
             else:
                 self._circuits.pop(key, None)
+                self._open.discard(key)
+            self._tell(key, "hand")
+
+    def take(self) -> list[Circuit]:
+        """The circuits whose change no other process knows of, as they are now; they count as told from then on."""
+        now = self._clock()
+        with self._lock:
+            untold, self._untold = self._untold, {}
+            return [self._told(key, how, now) for key, how in untold.items()]
+
+    def give_back(self, circuits: Iterable[Circuit]) -> None:
+        """Says that what was taken could not be told."""
+        with self._lock:
+            for circuit in circuits:
+                key = (circuit.of, circuit.name)
+                if circuit.how == "hand" or key not in self._untold:
+                    self._untold[key] = circuit.how
+
+    def adopt(self, told: Circuit) -> None:
+        """Makes a circuit what another process says of it, unless it has changed here meanwhile.
+
+        One that was opened so long ago that it would be half open says nothing of now to who did not see it open.
+        """
+        key, now = (told.of, told.name), self._clock()
+        with self._lock:
+            if key in self._untold:
+                return
+            if told.opened and (told.forced or key in self._open or told.age < self.settings.open_seconds):
+                probes = {i: now - age for i, age in told.probes.items()}
+                self._circuits[key] = _Circuit(opened=now - told.age, why=told.why, probes=probes, forced=told.forced)
+                self._open.add(key)
+            elif not told.opened and key in self._open:
+                self._circuits[key] = _Circuit()
                 self._open.discard(key)
 
     def states(self) -> dict[tuple[str, str], State]:
@@ -144,6 +183,7 @@ class Health:
         else:
             self._circuits[key] = _Circuit()
             self._open.discard(key)
+        self._tell(key, "opened" if failed else "closed")
 
     def _judge(self, key: tuple[str, str], circuit: _Circuit, now: float) -> None:
         total, bad = len(circuit.calls), circuit.failures.total()
@@ -154,3 +194,17 @@ class Health:
         why = f"circuit open: {bad} of {total} calls{whose} failed in {self.settings.window_seconds:g} s"
         self._circuits[key] = _Circuit(opened=now, why=why)
         self._open.add(key)
+        self._tell(key, "opened")
+
+    def _tell(self, key: tuple[str, str], how: How) -> None:
+        before = self._untold.get(key)
+        if before != "hand" and not (how == "probe" and before):
+            self._untold[key] = how
+        self.changed()
+
+    def _told(self, key: tuple[str, str], how: How, now: float) -> Circuit:
+        circuit = self._circuits.get(key)
+        if circuit is None or circuit.opened is None:
+            return Circuit(*key, how, False)
+        probes = {i: now - at for i, at in circuit.probes.items()}
+        return Circuit(*key, how, True, circuit.why, now - circuit.opened, circuit.forced, probes)

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,12 +64,17 @@ class Live:
 class LiveRouter:
     """Holds the `Live` router and follows the bundle's directory (or the link to it) and the policy's file.
 
+    Without a file the policy is what `stored` says when a bundle is loaded (None: the default), and `set_policy` since.
+
     Raises BundleError or InputError when there is no good bundle and policy to begin with.
     """
 
-    def __init__(self, bundle: Path, policy: Path | None = None) -> None:
+    def __init__(
+        self, bundle: Path, policy: Path | None = None, stored: Callable[[], Policy | None] = lambda: None
+    ) -> None:
         self.bundle = bundle
         self.policy = policy
+        self._stored = stored
         self.reloads = 0
         self.failures = 0
         self.last_error: str | None = None
@@ -104,6 +109,15 @@ class LiveRouter:
             log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
             return live
 
+    def set_policy(self, policy: Policy) -> None:
+        """Serves under another policy from now on. Raises InputError, and changes nothing, where it does not fit."""
+        with self._lock:
+            if policy.version == self.live.router.policy.version:
+                return
+            self.live = replace(self.live, router=self.live.router.with_policy(policy))
+            self._retry_at = 0.0  # a bundle that did not fit the policy before may fit this one
+            log.info("serving under policy %s", policy.version)
+
     async def watch(self, seconds: float) -> None:
         """Reloads whenever the files have changed; runs until it is cancelled."""
         while True:
@@ -128,7 +142,7 @@ class LiveRouter:
 
         try:
             target = bundle.resolve()  # once, so that a link that moves meanwhile cannot mix two bundles
-            router = load_router(target, Policy.load(self.policy) if self.policy else None)
+            router = load_router(target, Policy.load(self.policy) if self.policy else self._stored())
             with contextlib.suppress(NoEligibleModelError):
                 router.decide(WARM_UP)
         except RouterError:

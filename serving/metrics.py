@@ -14,6 +14,7 @@ from router_ml.store import Store
 from router_ml.types import RouteDecision, RouteRequest
 from serving.health import Health
 from serving.live import LiveRouter
+from serving.shared import Shared
 from serving.spend import Spend
 from serving.timing import Durations
 
@@ -35,10 +36,12 @@ class Metrics:
     the bundle does not have.
     """
 
-    def __init__(self, live: LiveRouter, store: Store, health: Health, baseline_model: str | None = None) -> None:
+    def __init__(
+        self, live: LiveRouter, store: Store, health: Health, shared: Shared, baseline_model: str | None = None
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.registry.register(_State(live, store, health))
+        self.registry.register(_State(live, store, health, shared))
         self.spend = Spend(live.live.router, baseline_model)
         self._seconds = Durations(SECONDS)
         self._stages = {stage: Durations(STAGE_SECONDS) for stage in STAGES}
@@ -129,8 +132,9 @@ class _Counted:
 class _State:
     """What the holder and the store know, as metrics."""
 
-    def __init__(self, live: LiveRouter, store: Store, health: Health) -> None:
+    def __init__(self, live: LiveRouter, store: Store, health: Health, shared: Shared) -> None:
         self.live = live
+        self.shared = shared
         self.store = store
         self.health = health
 
@@ -163,3 +167,9 @@ class _State:
             )
         yield CounterMetricFamily("router_store_dropped", "Rows lost: no room, or not storable.", counted.dropped)
         yield CounterMetricFamily("router_store_failures", "Commits that the database refused.", counted.failures)
+        yield CounterMetricFamily(
+            "router_store_unmatched", "Outcomes kept whose decision is not stored.", self.shared.unmatched
+        )
+        yield CounterMetricFamily(
+            "router_shared_failures", "Times that other processes' news was not read.", self.shared.failures
+        )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from router_ml.errors import InputError, NoEligibleModelError, RouterError
 from router_ml.outcome_queue import IdempotencyConflictError, StoreError
+from router_ml.shared import StaleVersionError
 
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -27,6 +28,8 @@ _TITLES = {
     "forbidden": "The API key does not cover this",
     "not-found": "There is nothing here",
     "method-not-allowed": "This path takes another method",
+    "stale-version": "It has changed meanwhile",
+    "policy-file": "A file sets the policy",
     "conflict": "The Idempotency-Key was used for something else",
     "too-large": "The body is too large",
     "unsupported-media-type": "The body has to be JSON",
@@ -76,6 +79,8 @@ def problem_of(error: Exception) -> ProblemError:
         return ProblemError(422, "invalid-request", str(error))
     if isinstance(error, IdempotencyConflictError):
         return ProblemError(409, "conflict", str(error))
+    if isinstance(error, StaleVersionError):
+        return ProblemError(412, "stale-version", str(error))
     if isinstance(error, StoreError):
         return ProblemError(503, "unavailable", str(error), headers={"retry-after": "1"})
     if isinstance(error, RouterError):

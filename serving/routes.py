@@ -56,7 +56,7 @@ class JsonRoute(APIRoute):
                     response: Response = answer
                 else:
                     answered = time.perf_counter()
-                    response = Response(to_json(answer), 200, decision_headers(request), "application/json")
+                    response = Response(to_json(answer), 200, answer_headers(request), "application/json")
                     if "decision" in request.scope:
                         service.metrics.took("parse", parsed - began)
                         service.metrics.took("serialise", time.perf_counter() - answered)
@@ -124,11 +124,15 @@ class Front(FastAPI):
         self._begun -= 1
 
 
-def decision_headers(request: Request) -> dict[str, str] | None:
-    """The decision for proxies that read headers alone. A name that no header can hold is left to the body."""
+def answer_headers(request: Request) -> dict[str, str] | None:
+    """The decision for proxies that read headers alone. A name that no header can hold is left to the body.
+
+    Otherwise the version of what was answered, where the endpoint has said one.
+    """
     decision = request.scope.get("decision")
     if decision is None:
-        return None
+        version = request.scope.get("version")
+        return None if version is None else {"etag": f'"{version}"'}
     headers = {"x-router-decision-id": decision.decision_id}
     if decision.model.isascii() and decision.model.isprintable():
         headers["x-router-model"] = decision.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
 from typing_extensions import TypedDict
 
 from router_ml.conversation import request_of
@@ -282,6 +282,10 @@ class PolicyAnswer(TypedDict):
 
     version: str
     policy: dict[str, Any]
+
+
+class PolicyBody(RootModel[dict[str, Any]]):
+    """A policy as `GET /policy` shows one under `policy`, or as a policy file holds it; `{}` is the default."""
 
 
 class VersionsAnswer(TypedDict):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from router_ml.errors import NoEligibleModelError
+from router_ml.policy import Policy
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
 from serving.health import FAILED, Health
@@ -18,6 +19,7 @@ from serving.live import Live, LiveRouter
 from serving.metrics import Metrics, tier_of
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.settings import Settings
+from serving.shared import Shared
 
 if TYPE_CHECKING:
     from serving.tracing import Tracing
@@ -35,6 +37,7 @@ class Service:
     store: Store
     metrics: Metrics
     health: Health
+    shared: Shared
     routed: OrderedDict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=OrderedDict)
     """The latest decisions whose outcome is awaited, by id: their models in order, and the name of the key that asked.
 
@@ -49,8 +52,21 @@ class Service:
         router = live.router
         models = router.catalog.to_json()["models"]
         self.store.note_change("model", who, {"model_version": router.model_version, "models": models})
-        self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
+        if self.settings.policy is not None or self.shared.policy is None:  # a stored one was noted with who put it
+            self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
         self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
+
+    def degraded(self) -> list[str]:
+        """The parts that do not work while routing goes on."""
+        shared = self.shared
+        wanted, served = (shared.policy or Policy()).version, self.live.live.router.policy.version
+        stale = shared.policy_error is not None or wanted != served
+        states = {
+            "bundle": self.live.last_error is not None,
+            "shared": not shared.current,
+            "policy": stale and self.settings.policy is None,
+        }
+        return self.store.degraded + [name for name, bad in states.items() if bad]
 
     def decide(self, live: Live, asked: RouteRequest, headers: Mapping[str, str]) -> tuple[RouteDecision, Estimate]:
         """Decides, counts and traces; `headers` are the request's. Raises what `Router.decide` does."""
@@ -99,16 +115,26 @@ class Service:
         if self.tracing is not None:
             self.tracing.evaluated(headers, outcome, model)
 
-    def observe(self, outcome: Outcome, key: str | None) -> None:
-        """Takes an outcome's word for how the models answer: a decision's first, from the key that asked for it.
+    def observe(self, outcome_id: str, outcome: Outcome, key: str | None, *, call: bool) -> None:
+        """Takes a stored outcome's word for how the models answer: a decision's first, from the key that asked for it.
+
+        `call` says whether it speaks of the call: feedback on the answer does not. Where the decision is another
+        process's, the word counts when it has been looked up.
+        """
+        of = outcome.decision_id or ""
+        models, asked = self.routed.get(of, ((), None))
+        if not models:
+            self.shared.look_up(outcome_id, outcome, key, call=call)
+        elif call and asked == key:
+            del self.routed[of]
+            self.heard(outcome, models)
+
+    def heard(self, outcome: Outcome, models: tuple[str, ...]) -> None:
+        """Counts how the call of a decision for `models` ended.
 
         Where another of its candidates served than the chosen one, the chosen one has failed.
         """
         of = outcome.decision_id or ""
-        models, asked = self.routed.get(of, ((), None))
-        if not models or asked != key:
-            return
-        del self.routed[of]
         providers, chosen = self.live.live.providers, models[0]
         served = outcome.served_model or chosen
         if outcome.status != "cancelled" and served in providers and served in models:

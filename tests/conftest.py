@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -46,6 +47,13 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def postgres_url() -> Iterator[str]:
+    """A new, empty Postgres database; where none can be made the test is skipped, which CI lets fail."""
+    with new_postgres() as url:
+        yield url
+
+
+@contextlib.contextmanager
+def new_postgres() -> Iterator[str]:
     """The URL of a new, empty database of the Postgres at 127.0.0.1:5432 (`ROUTER_ML_POSTGRES` names another)."""
     import uuid
 
@@ -66,6 +74,15 @@ def postgres_url() -> Iterator[str]:
         with server.connect() as connection:
             connection.exec_driver_sql(f"drop database {name} with (force)")
         server.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new store, of either kind: a test that takes it runs on both."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/new folder/store.db"
+    monkeypatch.chdir(tmp_path)  # where its spool will be
+    return str(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,13 @@ ADMIN = {"x-api-key": "operator"}
 
 
 @pytest.fixture
-def live(tiny_bundle: Path, tmp_path: Path) -> Iterator[Running]:
+def live(tiny_bundle: Path, tmp_path: Path, store_url: str) -> Iterator[Running]:
     (tmp_path / "policy.toml").write_text("[tiers]\nstandard = 0.5\n")
-    with running(
-        tiny_bundle, tmp_path / "store.db", policy=tmp_path / "policy.toml", api_keys=KEYS, watch_seconds=0
-    ) as live:
+    with running(tiny_bundle, store_url, policy=tmp_path / "policy.toml", api_keys=KEYS, watch_seconds=0) as live:
         yield live
 
 
-def test_every_change_is_noted_with_who_when_before_and_after(live: Running, tmp_path: Path) -> None:
+def test_every_change_is_noted_with_who_when_before_and_after(live: Running, tmp_path: Path, store_url: str) -> None:
     (tmp_path / "policy.toml").write_text("[tiers]\nstandard = 0.6\n")
     reloaded = live.http.post("/admin/reload", headers=ADMIN)
     assert reloaded.status_code == 200
@@ -52,7 +48,7 @@ def test_every_change_is_noted_with_who_when_before_and_after(live: Running, tmp
     assert last["after"]["version"] == reloaded.json()["policy_version"]
     assert sha256("operator") not in json.dumps(found)
     assert found[0]["before"] is None and found[0]["after"]["models"][0]["id"] == "frontier"
-    said = CliRunner().invoke(main, ["audit", "changes", "--store", str(tmp_path / "store.db")])
+    said = CliRunner().invoke(main, ["audit", "changes", "--store", store_url])
     assert said.exit_code == 0 and "policy  by operator: " + last["after"]["version"] in said.output
 
 
@@ -65,10 +61,8 @@ def test_a_reload_that_fails_is_said_and_nothing_is_noted(live: Running, tmp_pat
         assert live.http.request(method, path, headers={"x-api-key": "gateway"}).status_code == 403
 
 
-@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
-def test_the_database_itself_keeps_what_was_noted(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    url = f"sqlite:///{tmp_path}/store.db" if backend == "sqlite" else request.getfixturevalue("postgres_url")
-    store = Store(url).start()
+def test_the_database_itself_keeps_what_was_noted(store_url: str) -> None:
+    store = Store(store_url).start()
     store.note_change("policy", "me", {"version": "1"})
     store.note_change("policy", "me", {"version": "1"})
     store.note_change("policy", "you", {"version": "2"})
@@ -77,7 +71,7 @@ def test_the_database_itself_keeps_what_was_noted(backend: str, tmp_path: Path, 
     for statement in ("update changes set who = 'nobody'", "delete from changes"):
         with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
             connection.exec_driver_sql(statement)
-    if backend == "sqlite":
+    if store_url.startswith("sqlite"):
         columns = "change_id, time_us, kind, who, before, after"
         values = columns.replace("who", "'nobody'")
         for statement in (
@@ -97,47 +91,43 @@ def test_a_store_that_is_not_there_proves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def residency(store: Path, *options: str) -> tuple[int, str]:
-    said = CliRunner().invoke(main, ["audit", "residency", "--store", str(store), *options])
+def residency(store: str, *options: str) -> tuple[int, str]:
+    said = CliRunner().invoke(main, ["audit", "residency", "--store", store, *options])
     return said.exit_code, said.output
 
 
-def test_residency_is_proven_and_a_breach_is_found(live: Running, tmp_path: Path) -> None:
+def alter(live: Running, sql: str, **values: str) -> None:
+    with live.service.store._engine.begin() as connection:
+        connection.execute(sa.text(sql), values)
+
+
+def test_residency_is_proven_and_a_breach_is_found(live: Running, store_url: str) -> None:
     key = {"x-api-key": "gateway"}
     for body in ({"data_class": "confidential"}, {"region": "eu"}, {}):
         assert live.http.post("/route", json={"prompt": "x", **body}, headers=key).status_code == 200
     ids = [row["decision_id"] for row in live.decisions()]
     assert [row["data_class"] for row in live.decisions()] == ["confidential", "public", "public"]
-    store = tmp_path / "store.db"
-    assert residency(store) == (0, "3 decisions, 0 violations\n")
+    assert residency(store_url) == (0, "3 decisions, 0 violations\n")
 
-    breached = tmp_path / "breached.db"
-    with sqlite3.connect(store) as whole, sqlite3.connect(breached) as copy:
-        whole.backup(copy)
-        fallback = json.dumps([{"model": "local"}, {"model": "frontier"}])
-        copy.execute("update decisions set candidates = ? where decision_id = ?", (fallback, ids[0]))
-    code, said = residency(breached)
+    fallback = json.dumps([{"model": "local"}, {"model": "frontier"}])
+    alter(live, "update decisions set candidates = :fallback where decision_id = :i", fallback=fallback, i=ids[0])
+    code, said = residency(store_url)
     assert code == 1 and "1 violations" in said
     assert f"{ids[0]}  fallback frontier: not cleared for data class 'confidential'" in said
 
-    with sqlite3.connect(breached) as copy:
-        copy.execute("update decisions set data_class = null, model_version = 'other' where decision_id = ?", (ids[2],))
-    code, said = residency(breached)
+    alter(live, "update decisions set data_class = null, model_version = 'other' where decision_id = :i", i=ids[2])
+    code, said = residency(store_url)
     assert code == 1 and "cannot be proven: the catalogue of bundle other is not known" in said
 
 
 def test_a_catalogue_may_be_given_for_a_version_that_was_not_noted(
-    live: Running, tmp_path: Path, catalog: Catalog
+    live: Running, tmp_path: Path, store_url: str, catalog: Catalog
 ) -> None:
     live.http.post("/route", json={"prompt": "x"}, headers={"x-api-key": "gateway"})
-    version = live.decisions()[0]["model_version"]
-    bare, file = tmp_path / "bare.db", tmp_path / "catalog.json"
-    shutil.copy(tmp_path / "store.db", bare)
-    with sqlite3.connect(tmp_path / "store.db") as whole, sqlite3.connect(bare) as copy:
-        whole.backup(copy)
-        copy.execute("drop trigger changes_no_delete")
-        copy.execute("delete from changes")
-    assert residency(bare)[0] == 1
-    file.write_text(json.dumps(catalog.to_json()))
-    assert residency(bare, "--catalog", version, str(file)) == (0, "1 decisions, 0 violations\n")
-    assert residency(bare, "--since", "2999-01-01") == (0, "0 decisions, 0 violations\n")
+    assert len(live.decisions()) == 1
+    alter(live, "update decisions set model_version = 'other'")
+    (tmp_path / "catalog.json").write_text(json.dumps(catalog.to_json()))
+    assert residency(store_url)[0] == 1
+    given = ("--catalog", "other", str(tmp_path / "catalog.json"))
+    assert residency(store_url, *given) == (0, "1 decisions, 0 violations\n")
+    assert residency(store_url, *given, "--since", "2999-01-01") == (0, "0 decisions, 0 violations\n")

@@ -159,7 +159,7 @@ def test_the_policy_and_the_answers_of_the_readme(demo: Demo, tmp_path: Path) ->
     (toml,) = fenced(README, "toml")
     (tmp_path / "policy.toml").write_text(toml)
     policy = Policy.load(tmp_path / "policy.toml").check_models(SIMULATED_CATALOG)
-    asked, told = (json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", README, re.DOTALL))
+    asked, told, put = (json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", README, re.DOTALL))
     shown = json.loads(next(b for b in fenced(README, "json") if '"decision_id"' in b))
     paths = re.findall(r"curl -s http://127\.0\.0\.1:8000(/\w+)", README)
     with running(demo.out / "bundle", tmp_path / "store.db", policy=tmp_path / "policy.toml") as service:
@@ -172,6 +172,10 @@ def test_the_policy_and_the_answers_of_the_readme(demo: Demo, tmp_path: Path) ->
         (row,) = (row for row in service.service.store.iter_log_rows() if row["quality"] is not None)
         for path in re.findall(r"`(?:GET )?(/\w+(?:\.json)?)`", README.partition("`GET /models`")[2][:200]):
             assert service.http.get(path).status_code == 200, path
+    with running(demo.out / "bundle", tmp_path / "store.db") as service:
+        before = service.http.get("/policy").headers["etag"]
+        said = service.http.put("/policy", json=put, headers={"if-match": before})
+        assert said.status_code == 200 and said.json()["policy"].items() >= put.items()
     assert list(got) == list(shown)
     assert got["excluded"] == shown["excluded"]
     assert {c["model"] for c in got["candidates"]} == {c["model"] for c in shown["candidates"]}

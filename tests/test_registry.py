@@ -1,13 +1,15 @@
-"""The registry against a real MLflow on SQLite: versions, aliases, downloads, and errors that say what to do."""
+"""The registry on a real MLflow, SQLite and Postgres: versions, aliases, downloads, errors that say what to do."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import new_postgres
 
 from router_ml.bundle import read_bundle, write_bundle
 from router_ml.errors import BundleError, InputError, RegistryError
@@ -18,6 +20,19 @@ from training.tracking import register_bundle
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('registry')}/nested/mlflow.db"
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry on SQLite or on Postgres, where the experiment has to be told where files go."""
+    if request.param == "sqlite":
+        yield str(request.getfixturevalue("store"))
+        return
+    with new_postgres() as url:
+        ensure_store(url)
+        artifacts = tmp_path_factory.mktemp("registry") / "mlartifacts"
+        connect(url).create_experiment("router-ml", artifact_location=artifacts.as_uri())
+        yield url
 
 
 def a_bundle(folder: Path, text: str = "one") -> Path:
@@ -35,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_bundle_comes_back_as_it_went_in(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    either: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bundle = a_bundle(tmp_path / "made")
     (tmp_path / "frontier.png").write_bytes(b"\x89PNG")
@@ -43,7 +58,7 @@ def test_a_bundle_comes_back_as_it_went_in(
     monkeypatch.chdir(tmp_path / "cwd")
     made = register_bundle(
         bundle,
-        tracking_uri=store,
+        tracking_uri=either,
         name="whole",
         params={"seed": 0, "encoder": "static"},
         metrics={"auc": 0.71, "per model": {"org/model:7b@x": 0.5, "none": float("nan")}, "note": "not a number"},
@@ -52,66 +67,67 @@ def test_a_bundle_comes_back_as_it_went_in(
         alias="champion",
     )
     assert (made.name, made.version, made.alias, made.aliases) == ("whole", "1", "champion", ("champion",))
-    assert resolve(store, "whole") == made
-    assert contents(download(store, "whole", made.version, tmp_path / "got" / "1")) == contents(bundle)
+    assert resolve(either, "whole") == made
+    assert contents(download(either, "whole", made.version, tmp_path / "got" / "1")) == contents(bundle)
     assert [p.name for p in (tmp_path / "got").iterdir()] == ["1"]
 
     assert made.run_id is not None
-    run = connect(store).get_run(made.run_id)
+    run = connect(either).get_run(made.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"seed": "0", "encoder": "static"}
     assert run.data.metrics == {"auc": 0.71, "per model/org_model_7b_x": 0.5}
     assert run.data.tags["team"] == "search"
     assert run.data.tags["log_sha256"] == made.tags["log_sha256"] == "ab" * 32
-    assert [f.path for f in connect(store).list_artifacts(made.run_id, "plots")] == ["plots/frontier.png"]
+    assert [f.path for f in connect(either).list_artifacts(made.run_id, "plots")] == ["plots/frontier.png"]
 
-    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
-    assert run.info.artifact_uri.startswith(artifacts.as_uri())
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://").partition("/mlartifacts/")[0]) / "mlartifacts"
+    if either.startswith("sqlite"):
+        assert artifacts == Path(either.removeprefix("sqlite:///")).parent / "mlartifacts"
     assert not [p for p in artifacts.rglob("*") if p.suffix in (".pkl", ".pickle", ".joblib")]
     assert list((tmp_path / "cwd").iterdir()) == []
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
-def test_promotion_keeps_the_previous_champion(store: str, tmp_path: Path) -> None:
+def test_promotion_keeps_the_previous_champion(either: str, tmp_path: Path) -> None:
     for text in ("one", "two", "three"):
-        register(store, a_bundle(tmp_path / text, text), "promoted", alias=None)
+        register(either, a_bundle(tmp_path / text, text), "promoted", alias=None)
     with pytest.raises(RegistryError, match=r"no alias 'champion' .*none yet.*promote a version"):
-        resolve(store, "promoted")
-    assert promote(store, "promoted", "1").aliases == ("champion",)
+        resolve(either, "promoted")
+    assert promote(either, "promoted", "1").aliases == ("champion",)
     with pytest.raises(RegistryError, match="no alias 'previous'"):
-        resolve(store, "promoted", "previous")
-    promote(store, "promoted", "2")
-    promote(store, "promoted", "2")
-    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("2", "1")
-    promote(store, "promoted", "3", alias="challenger")
-    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("2", "1")
-    promote(store, "promoted", resolve(store, "promoted", "previous").version)
-    assert (resolve(store, "promoted").version, resolve(store, "promoted", "previous").version) == ("1", "2")
-    fetched = download(store, "promoted", "3", tmp_path / "fetched")
+        resolve(either, "promoted", "previous")
+    promote(either, "promoted", "2")
+    promote(either, "promoted", "2")
+    assert (resolve(either, "promoted").version, resolve(either, "promoted", "previous").version) == ("2", "1")
+    promote(either, "promoted", "3", alias="challenger")
+    assert (resolve(either, "promoted").version, resolve(either, "promoted", "previous").version) == ("2", "1")
+    promote(either, "promoted", resolve(either, "promoted", "previous").version)
+    assert (resolve(either, "promoted").version, resolve(either, "promoted", "previous").version) == ("1", "2")
+    fetched = download(either, "promoted", "3", tmp_path / "fetched")
     assert (fetched / "booster.txt").read_text() == "tree three\n"
 
 
-def test_versions_are_listed_newest_first_with_what_is_known_of_them(store: str, tmp_path: Path) -> None:
-    register(store, a_bundle(tmp_path / "a"), "listed", alias="champion", auc=0.6)
-    register(store, a_bundle(tmp_path / "b", "two"), "listed", alias="challenger", auc=0.8)
-    newest, oldest = versions(store, "listed")
+def test_versions_are_listed_newest_first_with_what_is_known_of_them(either: str, tmp_path: Path) -> None:
+    register(either, a_bundle(tmp_path / "a"), "listed", alias="champion", auc=0.6)
+    register(either, a_bundle(tmp_path / "b", "two"), "listed", alias="challenger", auc=0.8)
+    newest, oldest = versions(either, "listed")
     assert (newest.version, newest.aliases, newest.metrics) == ("2", ("challenger",), {"auc": 0.8})
     assert (oldest.version, oldest.aliases, oldest.metrics) == ("1", ("champion",), {"auc": 0.6})
     assert newest.tags["bundle_version"] == read_bundle(tmp_path / "b").version != oldest.tags["bundle_version"]
 
 
-def test_a_download_replaces_a_bundle_whole_and_nothing_else(store: str, tmp_path: Path) -> None:
-    register(store, a_bundle(tmp_path / "a"), "replaced")
+def test_a_download_replaces_a_bundle_whole_and_nothing_else(either: str, tmp_path: Path) -> None:
+    register(either, a_bundle(tmp_path / "a"), "replaced")
     to = a_bundle(tmp_path / "here" / "current", "old")
-    assert contents(download(store, "replaced", "1", to)) == contents(tmp_path / "a")
+    assert contents(download(either, "replaced", "1", to)) == contents(tmp_path / "a")
     assert [p.name for p in to.parent.iterdir()] == ["current"]
 
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a bundle, or not only that: choose another folder"):
-        download(store, "replaced", "1", precious)
+        download(either, "replaced", "1", precious)
     assert contents(precious) == {"notes.txt": b"mine"}
 
 
@@ -144,20 +160,20 @@ def test_a_model_of_another_make_is_not_taken_for_a_bundle(store: str, tmp_path:
     assert not (tmp_path / "to").exists()
 
 
-def test_what_is_not_there_is_named_with_what_is(store: str, tmp_path: Path) -> None:
-    register(store, a_bundle(tmp_path / "a"), "known")
+def test_what_is_not_there_is_named_with_what_is(either: str, tmp_path: Path) -> None:
+    register(either, a_bundle(tmp_path / "a"), "known")
     with pytest.raises(RegistryError, match=r"no model 'unknown' is registered .*known.*router-ml train --register"):
-        resolve(store, "unknown")
+        resolve(either, "unknown")
     with pytest.raises(RegistryError, match="no model 'unknown'"):
-        versions(store, "unknown")
+        versions(either, "unknown")
     with pytest.raises(RegistryError, match=r"no alias 'shadow' \(it has: champion\)"):
-        resolve(store, "known", "shadow")
+        resolve(either, "known", "shadow")
     for version in ("7", "latest"):
         with pytest.raises(RegistryError, match=rf"no version '{version}' \(it has: 1\)"):
-            promote(store, "known", version)
+            promote(either, "known", version)
         with pytest.raises(RegistryError, match=f"no version '{version}'"):
-            download(store, "known", version, tmp_path / "to")
-    assert resolve(store, "known").version == "1"
+            download(either, "known", version, tmp_path / "to")
+    assert resolve(either, "known").version == "1"
 
 
 def test_reading_a_mistyped_path_makes_no_database(tmp_path: Path) -> None:
@@ -183,6 +199,12 @@ def test_an_unreachable_server_is_said_soon() -> None:
     with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:9 did not answer.*check that the tracking URI"):
         resolve("http://127.0.0.1:9", "router")
     assert time.monotonic() - began < 30
+
+
+def test_an_error_shows_no_password() -> None:
+    with pytest.raises(RegistryError, match="did not answer") as caught:
+        ensure_store("postgresql+psycopg://me:hush@127.0.0.1:9/mlflow")
+    assert "me:***@127.0.0.1:9/mlflow" in str(caught.value) and "hush" not in str(caught.value)
 
 
 def test_a_file_that_is_no_database_is_refused_and_stays(tmp_path: Path) -> None:
@@ -227,7 +249,10 @@ def test_a_registration_that_fails_makes_no_version_and_says_so_in_its_run(store
     assert run.info.status == "FAILED"
 
 
-def test_processes_that_first_use_a_store_at_once_all_succeed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_processes_that_first_use_a_store_at_once_all_succeed(
+    backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     script = (
         "import pathlib, sys, time, mlflow\n"
         "from router_ml.registry import ensure_store\n"
@@ -235,7 +260,7 @@ def test_processes_that_first_use_a_store_at_once_all_succeed(tmp_path: Path) ->
         "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
         "ensure_store(sys.argv[3])\n"
     )
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{tmp_path}/mlflow.db" if backend == "sqlite" else request.getfixturevalue("postgres_url")
     processes = []
     for i in range(2):
         command = [sys.executable, "-c", script, str(tmp_path / f"ready{i}"), str(tmp_path / "go"), uri]

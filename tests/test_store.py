@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from live_service import wait_for
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
@@ -28,16 +30,25 @@ from router_ml.store import Store
 from router_ml.stored import decision_of_row
 from router_ml.stored_features import pack_features, unpack_features
 from router_ml.types import Candidate, CandidateFeatures, Message, Outcome, RouteDecision, RouteRequest
-from tests.live_service import wait_for
 
 NAN = float("nan")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(str(tmp_path / "new folder" / "store.db")).start()
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url).start()
     yield store
     store.close()
+
+
+def execute(url: str, sql: str) -> list[tuple[object, ...]]:
+    """Another program's statement on the same database."""
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        result = connection.exec_driver_sql(sql)
+        rows = [tuple(row) for row in result] if result.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def request(**fields: object) -> RouteRequest:
@@ -165,46 +176,44 @@ def test_features_of_another_layout_are_refused() -> None:
             unpack_features(broken)
 
 
-def test_a_database_of_an_earlier_program_gets_the_new_column(tmp_path: Path) -> None:
-    path = tmp_path / "store.db"
-    store = Store(str(path)).start()
+def test_a_database_of_an_earlier_program_gets_what_is_new(store_url: str) -> None:
+    store = Store(store_url).start()
     old = kept(store, decision())
     store.close()
-    with sqlite3.connect(path) as earlier:
-        earlier.execute("ALTER TABLE decisions DROP COLUMN features")
-    both = [Store(str(path)), Store(str(path))]
+    execute(store_url, "ALTER TABLE decisions DROP COLUMN features")
+    execute(store_url, "DROP TABLE shared")
+    both = [Store(store_url), Store(store_url)]
+    assert execute(store_url, "SELECT count(*) FROM shared") == [(0,)]
     made = decision()
     both[0].start()
     assert both[0].record(request(), made, provider="acme", features=features())
     both[0].close()
     assert [row["features"] is None for row in both[1].decisions()] == [True, False]
     assert both[1].decision(old.decision_id) is not None
-    with sqlite3.connect(path) as newer:
-        newer.execute("UPDATE store_info SET value = '99'")
-        newer.execute("ALTER TABLE decisions DROP COLUMN features")
+    both[1].close()
+    execute(store_url, "UPDATE store_info SET value = '99'")
+    execute(store_url, "ALTER TABLE decisions DROP COLUMN features")
     with pytest.raises(InputError, match="version 99"):
-        Store(str(path))
-    with sqlite3.connect(path) as same:  # what is not ours is left as it is
-        assert "features" not in {column[1] for column in same.execute("PRAGMA table_info(decisions)")}
+        Store(store_url)
+    columns = sa.inspect(sa.create_engine(store_url)).get_columns("decisions")
+    assert "features" not in {column["name"] for column in columns}  # what is not ours is left as it is
 
 
-def test_decisions_are_committed_within_the_interval_by_themselves(tmp_path: Path) -> None:
-    path = tmp_path / "store.db"
-    store = Store(str(path), interval=0.05).start()
+def test_decisions_are_committed_within_the_interval_by_themselves(store_url: str) -> None:
+    store = Store(store_url, interval=0.05).start()
     kept(store, decision())
     deadline = time.monotonic() + 5
-    reader = sqlite3.connect(path)
-    while not reader.execute("select count(*) from decisions").fetchone()[0]:
+    while execute(store_url, "select count(*) from decisions") == [(0,)]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     store.close()
 
 
-def test_what_is_queued_is_written_on_close(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), interval=60).start()
+def test_what_is_queued_is_written_on_close(store_url: str) -> None:
+    store = Store(store_url, interval=60).start()
     ids = [kept(store, decision()).decision_id for _ in range(1234)]
     store.close()
-    assert [row["decision_id"] for row in Store(str(tmp_path / "store.db")).decisions()] == ids
+    assert [row["decision_id"] for row in Store(store_url).decisions()] == ids
     assert not store.record(request(), decision(), provider="acme")
     assert store.counters.dropped == 1
 
@@ -220,11 +229,10 @@ def test_recording_from_many_threads_loses_nothing(store: Store) -> None:
     assert {row["decision_id"] for row in store.decisions()} == {d.decision_id for part in made for d in part}
 
 
-def test_an_outcome_is_committed_when_it_is_acknowledged(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), interval=60).start()
+def test_an_outcome_is_committed_when_it_is_acknowledged(store_url: str) -> None:
+    store = Store(store_url, interval=60).start()
     receipt = store.add_outcome(Outcome(decision_id="d", quality=1.0)).result(timeout=10)
-    with sqlite3.connect(tmp_path / "store.db") as reader:
-        assert reader.execute("select outcome_id from outcomes").fetchall() == [(receipt.outcome_id,)]
+    assert execute(store_url, "select outcome_id from outcomes") == [(receipt.outcome_id,)]
     store.close()
 
 
@@ -255,8 +263,8 @@ def test_the_same_key_with_another_outcome_is_a_conflict(store: Store) -> None:
     assert other.outcome_id != first.outcome_id
 
 
-def test_two_stores_on_one_database_agree(tmp_path: Path) -> None:
-    stores = [Store(str(tmp_path / "store.db")).start() for _ in range(2)]
+def test_two_stores_on_one_database_agree(store_url: str) -> None:
+    stores = [Store(store_url).start() for _ in range(2)]
     futures = [
         stores[i % 2].add_outcome(Outcome(decision_id=f"d{i // 2}"), idempotency_key=f"k{i // 2}") for i in range(200)
     ]
@@ -286,10 +294,11 @@ def test_an_outcome_out_of_range_is_refused(store: Store, outcome: Outcome, says
     assert store.counts()["outcomes"] == 0
 
 
-def test_a_row_that_the_database_cannot_hold_costs_only_itself(store: Store) -> None:
+def test_a_row_that_the_database_cannot_hold_costs_only_itself(store: Store, store_url: str) -> None:
     assert not store.record(request(), decision(reason="\ud800 half a character"), provider="acme")
-    for explored in (False, 2**63, True):  # the second is no number of SQLite's
-        kept(store, decision(explored=explored), request())
+    no_row = {"explored": 2**63} if store_url.startswith("sqlite") else {"reason": "text that ends\0 early"}
+    for fields in ({"explored": False}, no_row, {"explored": True}):
+        kept(store, decision(**fields), request())
     bad = store.add_outcome(Outcome(decision_id="\ud800"))
     good = store.add_outcome(Outcome(decision_id="d"))
     assert good.result(10)
@@ -366,8 +375,8 @@ def test_a_full_spool_drops_decisions_and_says_so(tmp_path: Path) -> None:
     assert store.counters.decisions == kept_ones + 1 and store.counters.dropped >= 10 - kept_ones
 
 
-def test_too_many_waiting_outcomes_are_refused(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), max_pending=3)  # not started: nothing is written
+def test_too_many_waiting_outcomes_are_refused(store_url: str) -> None:
+    store = Store(store_url, max_pending=3)  # not started: nothing is written
     futures = [store.add_outcome(Outcome(decision_id=str(i))) for i in range(3)]
     with pytest.raises(StoreError, match="again later"):
         store.add_outcome(Outcome(decision_id="3"))
@@ -421,17 +430,15 @@ while True:
 """
 
 
-def test_kill_loses_no_acknowledged_outcome(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "store.db")], stdout=subprocess.PIPE, text=True
-    )
+def test_kill_loses_no_acknowledged_outcome(store_url: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, store_url], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     seen = [process.stdout.readline().strip() for _ in range(300)]
     os.kill(process.pid, signal.SIGKILL)
     rest = process.stdout.read().splitlines()
     acknowledged = {line for line in [*seen, *rest] if len(line) == 32}
     process.wait()
-    stored = {row["outcome_id"] for row in Store(str(tmp_path / "store.db")).outcomes()}
+    stored = {row["outcome_id"] for row in Store(store_url).outcomes()}
     assert len(acknowledged) >= 300 and acknowledged <= stored
 
 
@@ -467,11 +474,10 @@ def test_a_file_of_something_else_and_tables_of_another_version_are_refused(tmp_
 
 
 @pytest.mark.parametrize("there", ["nothing", "an earlier program's tables"])
-def test_processes_may_open_a_store_at_once(tmp_path: Path, there: str) -> None:
+def test_processes_may_open_a_store_at_once(store_url: str, there: str) -> None:
     if there != "nothing":
-        Store(str(tmp_path / "s.db")).close()
-        with sqlite3.connect(tmp_path / "s.db") as earlier:
-            earlier.execute("ALTER TABLE decisions DROP COLUMN features")
+        Store(store_url).close()
+        execute(store_url, "ALTER TABLE decisions DROP COLUMN features")
     errors: list[BaseException] = []
 
     def attempt(open_store: Callable[[], Store]) -> None:
@@ -480,7 +486,7 @@ def test_processes_may_open_a_store_at_once(tmp_path: Path, there: str) -> None:
         except BaseException as error:  # noqa: BLE001 (a thread's failure has to reach the test)
             errors.append(error)
 
-    threads = [threading.Thread(target=attempt, args=(lambda: Store(str(tmp_path / "s.db")),)) for _ in range(6)]
+    threads = [threading.Thread(target=attempt, args=(lambda: Store(store_url),)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

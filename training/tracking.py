@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from router_ml.bundle import read_bundle
 from router_ml.errors import RegistryError
-from router_ml.registry import BUNDLE, ModelVersion, connect, ensure_store, promote, sqlite_path
+from router_ml.registry import BUNDLE, ModelVersion, connect, ensure_store, promote, shown, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,7 +80,7 @@ def register_bundle(
         client.set_terminated(run_id)
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RegistryError(f"{bundle_dir} could not be registered in {tracking_uri}: {reason}") from error
+        raise RegistryError(f"{bundle_dir} could not be registered in {shown(tracking_uri)}: {reason}") from error
     made = ModelVersion(
         name=name,
         version=version,
@@ -101,8 +101,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         if database is None and not uri.startswith(("http://", "https://")):
             # A database that is used without a server would put the artifacts into the current folder.
             raise RegistryError(
-                f"{uri} has no experiment {name!r}, and a database alone does not say where files go: make it first, "
-                f"mlflow experiments create -n {name} --artifact-location URI"
+                f"{shown(uri)} has no experiment {name!r}, and a database alone does not say where files go: make it "
+                f"first, mlflow experiments create -n {name} --artifact-location URI"
             )
         location = (database.resolve().parent / "mlartifacts").as_uri() if database else None
         try:
@@ -114,7 +114,7 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     assert found is not None
     if found.lifecycle_stage != "active":
         raise RegistryError(
-            f"experiment {name!r} in {uri} is deleted: restore it with "
+            f"experiment {name!r} in {shown(uri)} is deleted: restore it with "
             f"`mlflow experiments restore -x {found.experiment_id}`, or name another one"
         )
     return str(found.experiment_id)
