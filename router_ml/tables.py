@@ -45,7 +45,15 @@ DECISIONS = sa.Table(
     sa.Column("policy_version", sa.String, nullable=False),
     *(sa.Column(name, sa.Text) for name in ("prompt", "messages", "tools")),
     sa.Column("features", sa.LargeBinary),  # of `stored_features.pack_features`
+    sa.Column("incumbent", sa.String),  # of the session, by which the propensity is conditional
+    sa.Column("stayed", sa.Boolean),
+    sa.Column("cached_tokens", sa.Float),
 )
+_IN_SESSION = DECISIONS.c.session.is_not(None)
+sa.Index(
+    "ix_decisions_session", DECISIONS.c.session, DECISIONS.c.time_us,
+    sqlite_where=_IN_SESSION, postgresql_where=_IN_SESSION,
+)  # fmt: skip
 OUTCOMES = sa.Table(
     "outcomes",
     METADATA,
@@ -196,6 +204,9 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
+        "incumbent": decision.incumbent,
+        "stayed": decision.stayed,
+        "cached_tokens": decision.cached_tokens,
     }
 
 

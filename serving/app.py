@@ -23,6 +23,7 @@ from serving.live import LiveRouter
 from serving.metrics import Metrics
 from serving.routes import Front
 from serving.service import Service
+from serving.sessions import Sessions, StoredSessions
 from serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ def create_app(settings: Settings) -> FastAPI:
         drain=settings.drain, patient=True,
     )  # fmt: skip
     health = Health(settings.health)
-    service = Service(settings, ApiKeys(settings.api_keys), live, store, Metrics(live, store, health), health)
+    sessions = Sessions(settings.session_seconds, settings.max_sessions)
+    stored = StoredSessions(store, settings.session_lookup_seconds, settings.session_seconds)
+    metrics = Metrics(live, store, health)
+    service = Service(settings, ApiKeys(settings.api_keys), live, store, metrics, health, sessions, stored)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        stored.close()
         await asyncio.to_thread(store.close)
 
     # The interactive pages would load scripts from elsewhere; /openapi.json is what they show.

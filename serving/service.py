@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from router_ml.errors import NoEligibleModelError
+from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
 from serving.health import FAILED, Health
@@ -15,6 +16,7 @@ from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
 from serving.metrics import Metrics
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
+from serving.sessions import Sessions, StoredSessions, is_behind
 from serving.settings import Settings
 
 _ROUTED = 50_000
@@ -30,6 +32,8 @@ class Service:
     store: Store
     metrics: Metrics
     health: Health
+    sessions: Sessions
+    stored_sessions: StoredSessions
     routed: OrderedDict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=OrderedDict)
     """The latest decisions whose outcome is awaited, by id: their models in order, and the name of the key that asked.
 
@@ -45,11 +49,20 @@ class Service:
         self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
         self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
 
-    def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
+    async def session(self, asked: RouteRequest) -> Session | None:
+        """What is known of the request's session; the store is asked where the conversation tells of more."""
+        if asked.session is None:
+            return None
+        known = self.sessions.get(asked)
+        if asked.previous_model is None and is_behind(asked, known):
+            return await self.stored_sessions.get(asked, known)
+        return known
+
+    def decide(self, live: Live, asked: RouteRequest, session: Session | None = None) -> tuple[RouteDecision, Estimate]:
         """Decides and counts. Raises what `Router.decide` does."""
         started = time.perf_counter()
         try:
-            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers))
+            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers), session)
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
             raise
@@ -70,6 +83,7 @@ class Service:
         self.routed[decision.decision_id] = (tuple([c.model for c in decision.candidates]), asked.key)
         if len(self.routed) > _ROUTED:
             self.routed.popitem(last=False)
+        self.sessions.decided(asked, decision.decision_id, decision.model)
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
@@ -86,6 +100,8 @@ class Service:
         del self.routed[of]
         providers, chosen = self.live.live.providers, models[0]
         served = outcome.served_model or chosen
+        if outcome.status in FAILED or served in models:
+            self.sessions.served(of, None if outcome.status in FAILED else served)
         if outcome.status != "cancelled" and served in providers and served in models:
             self.health.report(served, providers[served], failed=outcome.status in FAILED, decision_id=of)
             if served != chosen and chosen in providers:
@@ -95,7 +111,7 @@ class Service:
 def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:
     """A decision as the service answers it."""
     providers, chosen = live.providers, decision.candidates[0]
-    return {
+    answer: RouteAnswer = {
         "schema_version": SCHEMA_VERSION,
         "decision_id": decision.decision_id,
         "request_id": asked.request_id,
@@ -130,3 +146,6 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
     }
+    if decision.incumbent is not None and decision.stayed is not None:
+        answer["incumbent"], answer["stayed"] = decision.incumbent, decision.stayed
+    return answer
