@@ -219,7 +219,9 @@ def choose(
         if willingness_to_pay_usd is not None:
             loss = [c + willingness_to_pay_usd * (1.0 - (1.0 - f) * v) for c, f, v in zip(cost, fails, p, strict=True)]
         good = [i for _, _, i in meeting]
-        greedy, reason = settle(incumbent, at, greedy, reason, p=p, loss=loss, meeting=good, fixed=fixed)
+        greedy, reason = settle(
+            incumbent, at, greedy, reason, min_probability=min_probability, p=p, loss=loss, meeting=good, fixed=fixed
+        )
     first, explored = greedy, False
     if pinned is not None and eligible[pinned]:
         first, reason = at.index(pinned), "a rule pins this model"

@@ -18,7 +18,7 @@ from router_ml.choice import Constraints, choose
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
-from router_ml.session import Incumbent, Session, cached_shares, session_of
+from router_ml.session import Incumbent, Session, cached_shares, is_follow_up, session_of
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
 
 _UP: Mapping[str, str] = {}
@@ -132,7 +132,9 @@ class Router:
             known = self.catalog.index.get(session.model, -1)
             why = excluded.get(session.model, "not in the catalogue")
             at = known if known >= 0 and eligible[known] else None
-            incumbent = Incumbent(session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain)
+            incumbent = Incumbent(
+                session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain, is_follow_up(request)
+            )
         choice = choose(
             estimate.p_ok,
             cost,

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from router_ml.errors import InputError
 from router_ml.types import RouteRequest
 
+FOLLOW_UP_CHARS = 40
+"""A user's turn of at most so many characters ("yes", "ok, do it") goes on with what was asked before."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionPolicy:
@@ -81,6 +84,14 @@ def lengths(request: RouteRequest) -> list[int]:
     return list(accumulate([len(m.text) + m.extra_chars for m in request.messages], initial=request.tools_chars))
 
 
+def is_follow_up(request: RouteRequest) -> bool:
+    """Whether a request asks nothing new: its last user turn is a few words, or tools have answered since."""
+    last = request.messages[-1]
+    if last.role != "user":
+        return any(m.role == "user" for m in request.messages)
+    return len(request.messages) > 1 and len(last.text) <= FOLLOW_UP_CHARS and not last.attachments
+
+
 def session_of(request: RouteRequest, session: Session | None) -> Session | None:
     """The session with what the request itself says of it: its `previous_model` has the last word.
 
@@ -116,7 +127,7 @@ class Incumbent:
     """The model that a session is with, as the choice sees it. Lists are on the model axis [m].
 
     `position` is None where it may not serve this request, and `why` says so. `saved_usd` is what warm caches take off
-    each model's call: costs have it taken off already.
+    each model's call: costs have it taken off already. With `follow_up` nothing new is asked.
     """
 
     model: str
@@ -125,6 +136,7 @@ class Incumbent:
     names: Sequence[str]
     saved_usd: Sequence[float]
     min_gain: float
+    follow_up: bool = False
 
 
 def settle(
@@ -133,6 +145,7 @@ def settle(
     greedy: int,
     reason: str,
     *,
+    min_probability: float,
     p: Sequence[float],
     loss: Sequence[float] | None,
     meeting: Sequence[int],
@@ -142,18 +155,22 @@ def settle(
 
     Candidates are given by their place in `at`, which holds their positions on the model axis. `loss` is what the
     choice minimises among those `meeting` the dial, USD; None where the choice is by `p`. With `fixed` nothing meets it
-    and the policy's default is `greedy`, which serves then, whatever the session is with. A session that stays has a
-    loss of at most the greedy choice's, plus the share `min_gain` of its own.
+    and the policy's default is `greedy`, which serves then, whatever the session is with. The dial is held against
+    claims; but what was good enough for a question is not left at a mere follow-up while its `p` reaches the dial. A
+    session that stays has a loss of at most the least there is, plus the share `min_gain` of its own.
     """
     there = of.names[at[greedy]]
     moves, stays = f"session moves from {of.model} to {there}", f"session stays with {of.model}"
     if of.position is None:
         return greedy, f"{moves}: {of.why}"
     here = at.index(of.position)
-    if meeting and here not in meeting:
-        return greedy, f"{moves}: only the latter's claim reaches what is asked"
     if meeting and loss is not None:
-        return _by_loss(of, at, here, reason, loss, meeting)
+        if here in meeting:
+            return _by_loss(of, at, here, reason, loss, meeting)
+        if not (of.follow_up and p[here] >= min_probability):
+            return greedy, f"{moves}: the former's claim does not reach {min_probability:g}"
+        follows = f"{stays}: a follow-up, and its probability reaches {min_probability:g}"
+        return _by_loss(of, at, here, follows, loss, [*meeting, here])
     if here == greedy:
         return here, reason
     if fixed:
