@@ -2,14 +2,15 @@
 
     python -m benchmarks.sessions --sessions 400 --seeds 5 --json benchmarks/results/sessions.json
 
-Conversations of people and loops of agents are simulated, with list prices of autumn 2025 (as LiteLLM's price file has
-them) and a provider's cache as its documentation says: a prompt's beginning that the same model was sent within the last
-five minutes is read at the cached price, from 1,024 tokens on. Each turn has a difficulty: that of its session, until the
-subject changes. The router sees it with noise of its own for each model and turn. All rules route the same turns.
+Conversations of people and loops of agents are simulated, with list prices of autumn 2025 and a cache as providers
+document theirs: a prompt's beginning that the same model was sent within the last five minutes is read at the cached
+price, from 1,024 tokens on. Each turn has a difficulty: that of its session, until the subject changes. The router sees
+it with noise of its own for each model and turn. All rules route the same turns.
 
 `cost` is what the calls cost, `with escalation` adds the strongest model's call for the share of answers that are not
-acceptable; both in USD per 100 turns. `acceptable` is the true probability of an acceptable answer, `short` the share of
-turns on which that of the chosen model is below the dial although another model's is not.
+acceptable; both in USD per 100 turns. `acceptable` is the true probability of an acceptable answer, `short` the share
+of turns on which that of the chosen model is below the dial although another model's is not. `moves` are changes of
+model per 100 turns.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ CHARS = 4  # a token
 
 @dataclass(frozen=True)
 class Turn:
-    """One request of a session: when, the prompt so far, the answer's tokens, and P(ok) as it is and as it seems, [m]."""
+    """One request of a session: when, the prompt so far, the answer's tokens, P(ok) as it is and as it seems, [m]."""
 
     second: float
     messages: tuple[Message, ...]

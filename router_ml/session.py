@@ -95,15 +95,15 @@ def is_follow_up(request: RouteRequest) -> bool:
 def session_of(request: RouteRequest, session: Session | None) -> Session | None:
     """The session with what the request itself says of it: its `previous_model` has the last word.
 
-    A model of which no prompt is known is taken to have been sent, just now, what comes before the last answer.
+    Where nothing is known of prompts to that model, it is taken to have been sent, just now, what comes before the last
+    answer.
     """
-    model = request.previous_model or (session and session.model)
+    model = request.previous_model
     if model is None:
-        return None
-    prefixes = () if session is None else session.prefixes
-    if not any(prefix.model == model for prefix in prefixes):
-        prefixes = (*prefixes, *answered_prefix(request, model))
-    return Session(model, prefixes)
+        return session
+    sent = () if session is None else session.prefixes
+    known = any(prefix.model == model for prefix in sent)
+    return Session(model, sent if known else (*sent, *answered_prefix(request, model)))
 
 
 def answered_prefix(request: RouteRequest, model: str, age: float = 0.0) -> tuple[Prefix, ...]:
