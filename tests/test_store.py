@@ -67,6 +67,9 @@ def kept(store: Store, made: RouteDecision, of: RouteRequest | None = None, **te
     return made
 
 
+IN_SESSION = {"incumbent": "mid", "stayed": False, "cached_tokens": 2048.5}
+
+
 def test_a_decision_comes_back_whole(store: Store) -> None:
     before = time.time_ns() // 1000
     of = request(
@@ -82,7 +85,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         max_cost_usd=0.5,
         willingness_to_pay_usd=0.25,
     )
-    made = kept(store, decision(explored=True, data_class="internal"), of)
+    made = kept(store, decision(explored=True, data_class="internal", **IN_SESSION), of)
     assert store.flush()
     (row,) = store.decisions()
     at = row.pop("time_us")
@@ -119,6 +122,9 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "messages": None,
         "tools": None,
         "features": None,
+        "incumbent": "mid",
+        "stayed": False,
+        "cached_tokens": 2048.5,
     }
     assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
     assert math.isnan(decision_of_row(row).candidates[1].p_ok)
