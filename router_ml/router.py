@@ -18,7 +18,7 @@ from router_ml.choice import Constraints, choose
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
-from router_ml.session import Incumbent, Session, cached_shares, is_follow_up, session_of
+from router_ml.session import Incumbent, Session, cached_shares, follow_up, session_of
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
 
 _UP: Mapping[str, str] = {}
@@ -133,7 +133,7 @@ class Router:
             why = excluded.get(session.model, "not in the catalogue")
             at = known if known >= 0 and eligible[known] else None
             incumbent = Incumbent(
-                session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain, is_follow_up(request)
+                session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain, follow_up(request)
             )
         choice = choose(
             estimate.p_ok,

@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from router_ml.errors import InputError
 from router_ml.types import RouteRequest
 
+_WORDS = "a follow-up of few words"
 FOLLOW_UP_CHARS = 40
 """A user's turn of at most so many characters ("yes", "ok, do it") goes on with what was asked before."""
 
@@ -84,12 +85,13 @@ def lengths(request: RouteRequest) -> list[int]:
     return list(accumulate([len(m.text) + m.extra_chars for m in request.messages], initial=request.tools_chars))
 
 
-def is_follow_up(request: RouteRequest) -> bool:
+def follow_up(request: RouteRequest) -> Literal["words", "tools"] | None:
     """Whether a request asks nothing new: its last user turn is a few words, or tools have answered since."""
     last = request.messages[-1]
     if last.role != "user":
-        return any(m.role == "user" for m in request.messages)
-    return len(request.messages) > 1 and len(last.text) <= FOLLOW_UP_CHARS and not last.attachments
+        return "tools" if any(m.role == "user" for m in request.messages) else None
+    short = len(request.messages) > 1 and len(last.text) <= FOLLOW_UP_CHARS and not last.attachments
+    return "words" if short else None
 
 
 def session_of(request: RouteRequest, session: Session | None) -> Session | None:
@@ -127,7 +129,8 @@ class Incumbent:
     """The model that a session is with, as the choice sees it. Lists are on the model axis [m].
 
     `position` is None where it may not serve this request, and `why` says so. `saved_usd` is what warm caches take off
-    each model's call: costs have it taken off already. With `follow_up` nothing new is asked.
+    each model's call: costs have it taken off already. Where it is a follow-up of few words
+    no gain is enough to leave: nothing was said that could tell the models apart anew.
     """
 
     model: str
@@ -136,7 +139,12 @@ class Incumbent:
     names: Sequence[str]
     saved_usd: Sequence[float]
     min_gain: float
-    follow_up: bool = False
+    follow_up: Literal["words", "tools"] | None = None
+
+    @property
+    def least_gain(self) -> float:
+        """The share that a move has to gain."""
+        return 1.0 if self.follow_up == "words" else self.min_gain
 
 
 def settle(
@@ -157,7 +165,7 @@ def settle(
     choice minimises among those `meeting` the dial, USD; None where the choice is by `p`. With `fixed` nothing meets it
     and the policy's default is `greedy`, which serves then, whatever the session is with. The dial is held against
     claims; but what was good enough for a question is not left at a mere follow-up while its `p` reaches the dial. A
-    session that stays has a loss of at most the least there is, plus the share `min_gain` of its own.
+    session that stays has a loss of at most the least there is, plus the share `least_gain` of its own.
     """
     there = of.names[at[greedy]]
     moves, stays = f"session moves from {of.model} to {there}", f"session stays with {of.model}"
@@ -169,7 +177,7 @@ def settle(
             return _by_loss(of, at, here, reason, loss, meeting)
         if not (of.follow_up and p[here] >= min_probability):
             return greedy, f"{moves}: the former's claim does not reach {min_probability:g}"
-        follows = f"{stays}: a follow-up, and its probability reaches {min_probability:g}"
+        follows = f"{stays}: {_WORDS if of.follow_up == 'words' else 'a follow-up'}, and its probability reaches {min_probability:g}"
         return _by_loss(of, at, here, follows, loss, [*meeting, here])
     if here == greedy:
         return here, reason
@@ -177,9 +185,12 @@ def settle(
         return greedy, f"{moves}: {reason}"
     if math.isnan(p[greedy]):
         return here, f"{stays}: no estimate for any candidate"
-    if p[greedy] - p[here] <= of.min_gain * (1.0 - p[here]):
-        return here, f"{stays}: {there} is hardly more probable ({p[greedy]:.3f}, not {p[here]:.3f})"
-    return greedy, f"{moves}: the most probable ({p[greedy]:.3f}, not {p[here]:.3f})"
+    better = f"more probable ({p[greedy]:.3f}, not {p[here]:.3f})"
+    if p[greedy] - p[here] <= of.least_gain * (1.0 - p[here]):
+        if of.follow_up == "words":
+            return here, f"{stays}: {_WORDS}, though {there} is {better}"
+        return here, f"{stays}: {there} is hardly {better}"
+    return greedy, f"{moves}: {better}"
 
 
 def _by_loss(
@@ -187,7 +198,7 @@ def _by_loss(
 ) -> tuple[int, str]:
     best = min((i for i in meeting if i != here), key=loss.__getitem__, default=here)
     there = of.names[at[best]]
-    gain = loss[best] < (1.0 - of.min_gain) * loss[here]
+    gain = loss[best] < (1.0 - of.least_gain) * loss[here]
     lost = of.saved_usd[at[here]] - of.saved_usd[at[best]]
     saved = loss[here] - loss[best] + lost  # as if nothing was cached
     cache = f"a prompt cache worth {lost:.3g} USD" if lost > 0.0 else ""
@@ -197,5 +208,7 @@ def _by_loss(
     if not saved > 0.0:
         return here, reason
     cache = f" but lose {cache}" if cache else ""
-    least = f", a gain of less than {of.min_gain:.0%}" if loss[best] < loss[here] else ""
+    least = ""
+    if loss[best] < loss[here]:
+        least = f", {_WORDS}" if of.follow_up == "words" else f", a gain of less than {of.min_gain:.0%}"
     return here, f"session stays with {of.model}: switching to {there} would save {saved:.3g} USD{cache}{least}"
