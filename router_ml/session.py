@@ -177,8 +177,9 @@ def settle(
             return _by_loss(of, at, here, reason, loss, meeting)
         if not (of.follow_up and p[here] >= min_probability):
             return greedy, f"{moves}: the former's claim does not reach {min_probability:g}"
-        follows = f"{stays}: {_WORDS if of.follow_up == 'words' else 'a follow-up'}, and its probability reaches {min_probability:g}"
-        return _by_loss(of, at, here, follows, loss, [*meeting, here])
+        follows = _WORDS if of.follow_up == "words" else "a follow-up"
+        reason = f"{stays}: {follows}, and its probability reaches {min_probability:g}"
+        return _by_loss(of, at, here, reason, loss, [*meeting, here])
     if here == greedy:
         return here, reason
     if fixed:

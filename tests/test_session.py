@@ -76,10 +76,9 @@ def test_staying_breaks_nothing_and_costs_no_more_than_it_may(
         if without.meets_threshold and budget is None:
             # It is as good as what the dial asks, or it is a follow-up that its probability is enough for.
             assert choice.meets_threshold or (follows and p[first] >= dial)
-            loss = {
-                i: total[i] if worth is None else float(cost[i]) + worth * (1 - float(p[i])) for i in (first, greedy)
-            }
-            assert loss[first] * (1 - gain) <= loss[greedy] + 1e-6 * abs(loss[greedy]) or math.isnan(loss[first])
+            price = np.where(np.isnan(cost), np.inf, cost)
+            loss = {i: total[i] if worth is None else price[i] + worth * (1 - float(p[i])) for i in (first, greedy)}
+            assert gain == 1.0 or loss[first] * (1 - gain) <= loss[greedy] * (1 + 1e-6)
         elif not math.isnan(p[greedy]):
             assert p[greedy] - p[first] <= gain * (1 - p[first]) + 1e-6
     # The propensity is that of the choice as the session makes it, and a rule comes first.
