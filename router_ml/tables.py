@@ -49,6 +49,7 @@ DECISIONS = sa.Table(
     sa.Column("stayed", sa.Boolean),
     sa.Column("cached_tokens", sa.Float),
 )
+_NO_VALUES = dict.fromkeys(DECISIONS.columns.keys())  # for what an earlier version has left in its spool
 _IN_SESSION = DECISIONS.c.session.is_not(None)
 sa.Index(
     "ix_decisions_session", DECISIONS.c.session, DECISIONS.c.time_us,
@@ -219,6 +220,7 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
     sql, order = _insert_statement(connection.dialect)
     full = [
         {
+            **_NO_VALUES,
             **row,
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),

@@ -118,6 +118,7 @@ class StoredSessions:
         self.seconds = seconds
         self._thread = ThreadPoolExecutor(1, "session-lookup")
         self._waiting = 0
+        self._away = False
 
     async def get(self, request: RouteRequest, known: Session | None) -> Session | None:
         """The request's session as the store's latest decision has it, or as it is `known` where the store has none."""
@@ -132,8 +133,11 @@ class StoredSessions:
         try:
             found = await asyncio.wait_for(asyncio.wrap_future(looking), self.deadline)
         except Exception as error:  # noqa: BLE001 (routing goes on without)
-            log.warning("a session could not be looked up in the store: %s", type(error).__name__)
+            if not self._away:
+                log.warning("sessions cannot be looked up in the store: %s", type(error).__name__)
+            self._away = True
             return known
+        self._away = False
         if found is None:
             return known
         model, time_us = found

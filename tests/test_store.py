@@ -492,3 +492,17 @@ def test_processes_may_open_a_store_at_once(tmp_path: Path, there: str) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_a_spool_of_an_earlier_version_lacks_the_columns_that_have_come_since(tmp_path: Path) -> None:
+    from router_ml.tables import decision_row, insert_decisions, open_database
+
+    engine = open_database(str(tmp_path / "store.db"))
+    made = decision()
+    row = decision_row(request(), made) | dict.fromkeys(("prompt", "messages", "tools", "features"))
+    earlier = {name: value for name, value in row.items() if name not in IN_SESSION} | {"provider": "acme"}
+    with engine.begin() as connection:
+        insert_decisions(connection, [earlier])
+    engine.dispose()
+    (stored,) = Store(str(tmp_path / "store.db")).decisions()
+    assert stored["decision_id"] == made.decision_id and {stored[name] for name in IN_SESSION} == {None}
