@@ -54,30 +54,33 @@ def request_text(request: RouteRequest) -> str:
     """The text that stands for a request: what was asked last, with as much of the conversation as it needs.
 
     The system prompt is the harness's, not the request's, so it is left out unless there is nothing else. A short
-    last message ("yes", "and in French?") means nothing alone: earlier turns, newest first, come before it.
-    Longer texts are cut in the middle to `MAX_CHARS`.
+    last message ("yes", "and in French?") means nothing alone: what the user said before it comes before it. What
+    others said since (answers, tool results) is there with its end, and with half as many characters as the user's at
+    most: the pages that a tool returns, or the last answer had, are not what was asked. Longer texts are cut in the
+    middle to `MAX_CHARS`.
     """
     turns = [m for m in request.messages if m.role not in ("system", "developer") and m.text]
     if not turns:
         turns = [m for m in request.messages if m.text]
-    last_user = max((i for i, m in enumerate(turns) if m.role == "user"), default=len(turns) - 1)
     if len(turns) == 1:
         return _cut(turns[0].text)
-    parts: list[str] = []
+    asked = [i for i, m in enumerate(turns) if m.role == "user"] or list(range(len(turns)))
+    parts: dict[int, str] = {}
     size = 0
-    for position in range(len(turns) - 1, -1, -1):
-        text = turns[position].text
-        # The last question and what followed it (tool results) always count; older turns while the text is short.
-        if position < last_user and size >= _SHORT_TURN:
+    for position in reversed(asked):
+        if size >= _SHORT_TURN:
             break
-        room = MAX_CHARS - size
+        text = turns[position].text
+        parts[position] = text[size - MAX_CHARS :] if parts else _cut(text)
+        size += len(parts[position]) + 1
+    room = size // 2
+    for position in range(len(turns) - 1, min(parts, default=0), -1):
         if room <= 0:
             break
-        if position < last_user:
-            text = text[-room:]
-        parts.append(text)
-        size += len(text) + 1
-    return _cut("\n".join(reversed(parts)))
+        if position not in parts:
+            parts[position] = turns[position].text[-room:]
+            room -= len(parts[position]) + 1
+    return _cut("\n".join([parts[position] for position in sorted(parts)]))
 
 
 def words(text: str) -> list[str]:

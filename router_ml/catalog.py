@@ -74,6 +74,14 @@ class Catalog:
         """USD per output token, float32 [m]."""
         return np.array([c.output_usd_per_mtok * 1e-6 for c in self.cards], dtype=np.float32)
 
+    @cached_property
+    def cache_discount(self) -> FloatArray:
+        """USD that an input token costs less when it is read from the prompt cache, float32 [m]; 0 where unknown."""
+        cached = [c.input_usd_per_mtok if (p := c.cached_input_usd_per_mtok) is None else p for c in self.cards]
+        return np.array(
+            [(c.input_usd_per_mtok - p) * 1e-6 for c, p in zip(self.cards, cached, strict=True)], np.float32
+        )
+
     def subset(self, models: list[str]) -> Catalog:
         """The catalogue restricted to `models`, in catalogue order; a sibling that is left out is no longer named.
 
@@ -150,10 +158,17 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
             raise InputError(f"{where}: {name!r} has to be a non-empty string")
     if entry["tier"] not in TIERS:
         raise InputError(f"{where}: tier {entry['tier']!r} is not one of {', '.join(TIERS)}")
-    for name in ("input_usd_per_mtok", "output_usd_per_mtok"):
+    cached = entry.get("cached_input_usd_per_mtok")
+    for name in (
+        "input_usd_per_mtok",
+        "output_usd_per_mtok",
+        *(["cached_input_usd_per_mtok"] if cached is not None else ()),
+    ):
         price = entry[name]
         if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price) or price < 0:
             raise InputError(f"{where}: {name!r} has to be a price of 0 or more USD per million tokens")
+    if cached is not None and cached > entry["input_usd_per_mtok"]:
+        raise InputError(f"{where}: 'cached_input_usd_per_mtok' is above 'input_usd_per_mtok': leave it out")
     window = entry["context_window"]
     if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
         raise InputError(f"{where}: 'context_window' has to be a positive whole number of tokens")
@@ -178,5 +193,6 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
         output_usd_per_mtok=float(entry["output_usd_per_mtok"]),
         context_window=window,
         sibling=sibling,
+        cached_input_usd_per_mtok=None if cached is None else float(cached),
         **sets,
     )

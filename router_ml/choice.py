@@ -15,6 +15,7 @@ import numpy.typing as npt
 from router_ml.catalog import Catalog
 from router_ml.costs import total_costs
 from router_ml.policy import Policy
+from router_ml.session import Incumbent, settle
 from router_ml.types import FloatArray, RouteRequest
 
 BoolArray = npt.NDArray[np.bool_]
@@ -139,6 +140,7 @@ def choose(
     escalation_rate: float = 0.0,
     willingness_to_pay_usd: float | None = None,
     budget_usd: float | None = None,
+    incumbent: Incumbent | None = None,
     pinned: int | None = None,
     default: int | None = None,
     unmet: str = "most-probable",
@@ -157,6 +159,9 @@ def choose(
     only says whether that one meets it.
 
     The dial is held against `p_claim` [m], where the learner gives it: what it stands for, at most `p_ok`.
+
+    A session's `incumbent` is left where it is not eligible, where others meet the dial and it does not, and where the
+    choice is better by enough (`session.settle`). Costs are those with what is cached of the session's prompt.
 
     `p_ok` and `cost_usd` (of a call, its retries included) are float32 [m], `failure` is [m] or None for no failures,
     `eligible` is bool [m] with at least one True. A NaN probability never meets a dial, a NaN cost is the highest.
@@ -191,7 +196,7 @@ def choose(
         rest = [i for i in range(size) if budget_usd is not None or not claim[i] >= min_probability]
         order += [i for _, _, i in sorted([(-p[i] if p[i] == p[i] else 1.0, cost[i], i) for i in rest])]
 
-    greedy = order[0]
+    greedy, fixed = order[0], False
     known = p[greedy] == p[greedy]  # an unknown probability comes first only where all are unknown
     if claim[greedy] >= min_probability or (budget_usd is not None and known):
         if budget_usd is not None:
@@ -204,11 +209,19 @@ def choose(
     else:
         reason = f"no candidate's claim reaches {min_probability:g}: the most probable"
         if (unmet == "default" or not known) and default is not None and eligible[default]:
-            greedy = at.index(default)
+            greedy, fixed = at.index(default), True
             reason = f"no candidate's claim reaches {min_probability:g}: the configured default"
         elif not known:
             greedy = min(range(size), key=cost.__getitem__)
             reason = "no estimate for any candidate and no default that is allowed: the cheapest"
+    if incumbent is not None:
+        loss: list[float] | None = None if budget_usd is not None else total
+        if willingness_to_pay_usd is not None:
+            loss = [c + willingness_to_pay_usd * (1.0 - (1.0 - f) * v) for c, f, v in zip(cost, fails, p, strict=True)]
+        good = [i for _, _, i in meeting]
+        greedy, reason = settle(
+            incumbent, at, greedy, reason, min_probability=min_probability, p=p, loss=loss, meeting=good, fixed=fixed
+        )
     first, explored = greedy, False
     if pinned is not None and eligible[pinned]:
         first, reason = at.index(pinned), "a rule pins this model"

@@ -6,13 +6,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
+from router_ml.session import SessionPolicy
 from router_ml.types import Objective, RouteRequest
 
 DEFAULT_TIERS: Mapping[str, float] = {"economy": 0.5, "standard": 0.7, "premium": 0.85}
@@ -54,6 +55,7 @@ class Policy:
     `keys` maps a key to the models it may use (a key that is not listed may use all). `unmet` says what happens when
     no candidate meets the dial: the most probable one, or `default_model`. `exploration_rate` is the share of requests
     that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done.
+    `session` says when a conversation leaves its model.
     """
 
     tiers: Mapping[str, float | Dial] = field(default_factory=lambda: dict(DEFAULT_TIERS))
@@ -65,6 +67,7 @@ class Policy:
     unmet: Literal["most-probable", "default"] = "most-probable"
     rules: tuple[Rule, ...] = ()
     keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    session: SessionPolicy = field(default_factory=SessionPolicy)
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class Policy:
             "unmet": self.unmet,
             "rules": [{"model": r.model, "task": r.task, "tenant": r.tenant} for r in self.rules],
             "keys": {key: {"models": sorted(models)} for key, models in self.keys.items()},
+            "session": asdict(self.session),
         }
 
     @classmethod
@@ -104,6 +108,8 @@ class Policy:
                 values["rules"] = tuple(_rule(rule) for rule in _array("rules", values["rules"]))
             if "keys" in values:
                 values["keys"] = {str(k): _key_models(str(k), v) for k, v in _table("keys", values["keys"]).items()}
+            if "session" in values:
+                values["session"] = SessionPolicy.from_table(_table("session", values["session"]))
             return cls(**values)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None

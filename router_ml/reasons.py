@@ -8,6 +8,8 @@ _KINDS = {
     "most probable candidate within": "most_quality",
     "a rule pins": "pinned",
     "exploration": "explored",
+    "session stays": "stayed",
+    "session moves": "moved",
     "no estimate": "no_estimate",
     "not among the request": "candidates",
     "not in the catalogue": "catalogue",

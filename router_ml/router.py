@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from router_ml.choice import Constraints, choose
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
+from router_ml.session import Incumbent, Session, cached_shares, follow_up, session_of
 from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
 
 _UP: Mapping[str, str] = {}
@@ -33,6 +34,15 @@ class Estimator(Protocol):
     def estimate(self, request: RouteRequest) -> Estimate:
         """Probabilities and tokens per model for one request."""
         ...
+
+
+class _Calls(NamedTuple):
+    """Calls of each model with their retries: USD per token, float32 [m], and the failure rates [m]."""
+
+    input_price: FloatArray
+    output_price: FloatArray
+    cache_discount: FloatArray
+    failure: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,13 @@ class Router:
         return getattr(self.estimator, "thresholds", None) or own
 
     @cached_property
-    def _calls(self) -> tuple[FloatArray, FloatArray, tuple[float, ...]]:
-        """USD per input and per output token of a call with its retries, float32 [m], and the failure rates [m]."""
+    def _calls(self) -> _Calls:
         known = self.reliability or Reliability.perfect(len(self.catalog))
         attempts = np.array(known.attempts, dtype=np.float32)
-        return self.catalog.input_price * attempts, self.catalog.output_price * attempts, known.failure
+        of = self.catalog
+        return _Calls(
+            of.input_price * attempts, of.output_price * attempts, of.cache_discount * attempts, known.failure
+        )
 
     def decide(self, request: RouteRequest) -> RouteDecision:
         """Routes one request. Raises what `decide_with_estimate` does."""
@@ -84,12 +96,14 @@ class Router:
         self,
         request: RouteRequest,
         down: Mapping[str, str] = _UP,
+        session: Session | None = None,
         estimated: Callable[[], object] | None = None,
     ) -> tuple[RouteDecision, Estimate]:
         """Routes one request, and hands out the estimate behind the decision: what explains it.
 
         `down` holds the models that do not answer just now, and why: they are excluded while another may serve.
-        `estimated` is called between the estimate and the choice, by who measures the two.
+        `session` is what the caller knows of the request's session, None for its first request. `estimated` is called
+        between the estimate and the choice, by who measures the two.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -109,26 +123,40 @@ class Router:
         if estimated is not None:
             estimated()
         cost = self.expected_cost(request, estimate)
+        session, cached = session_of(request, session), None
+        if session is not None:
+            cached = self._cached_tokens(request, session, estimate)
+            saved = cached * self._calls.cache_discount
+            cost = np.maximum(cost - saved, np.float32(0.0))
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():
             raise NoEligibleModelError(
                 "no model satisfies the request's constraints: relax one of them, or clear a model for it", excluded
             )
-        explore = policy.exploration_rate > 0.0
+        explore = policy.exploration_rate > 0.0 and (session is None or policy.session.explore)
+        incumbent, known = None, -1
+        if session is not None:
+            known = self.catalog.index.get(session.model, -1)
+            why = excluded.get(session.model, "not in the catalogue")
+            at = known if known >= 0 and eligible[known] else None
+            incumbent = Incumbent(
+                session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain, follow_up(request)
+            )
         choice = choose(
             estimate.p_ok,
             cost,
             eligible,
             min_probability,
             p_claim=estimate.p_claim,
-            failure=self._calls[2],
+            failure=self._calls.failure,
             escalation_rate=policy.escalation_rate,
             budget_usd=dial.max_cost_usd if dial.objective == "quality" else None,
             willingness_to_pay_usd=request.willingness_to_pay_usd,
+            incumbent=incumbent,
             pinned=self._pinned(request) if policy.rules else None,
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
             unmet=policy.unmet,
-            exploration_rate=policy.exploration_rate,
+            exploration_rate=policy.exploration_rate if explore else 0.0,
             draw=(self.draw(), self.draw()) if explore else (1.0, 0.0),
         )
         ids, p_ok, costs = self.catalog.ids, estimate.p_ok.tolist(), cost.tolist()
@@ -157,8 +185,20 @@ class Router:
             policy_version=policy.version,
             quality_threshold=self.quality_threshold if threshold is None else threshold,
             data_class=policy.default_data_class if request.data_class is None else request.data_class,
+            incumbent=None if session is None else session.model,
+            stayed=None if session is None else choice.order[0] == known,
+            cached_tokens=None if cached is None else float(cached[known]) if known >= 0 else 0.0,
         )
         return decision, estimate
+
+    def _cached_tokens(self, request: RouteRequest, session: Session, estimate: Estimate) -> FloatArray:
+        """Tokens of the prompt that each model's cache is taken to hold, float32 [m]."""
+        policy, cached = self.policy.session, np.zeros(len(self.catalog), dtype=np.float32)
+        for model, share in cached_shares(request, session, policy.cache_seconds).items():
+            tokens = share * estimate.input_tokens
+            if model in self.catalog and tokens >= policy.cache_min_tokens:
+                cached[self.catalog.index[model]] = tokens
+        return cached
 
     def _pinned(self, request: RouteRequest) -> int | None:
         return next((self.catalog.index[rule.model] for rule in self.policy.rules if rule.matches(request)), None)
@@ -166,13 +206,13 @@ class Router:
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
         """Expected cost of one call per model in USD, its retries included, float32 [m].
 
-        Every attempt counts as a whole one. A request's `max_tokens` caps the output.
+        Every attempt counts as a whole one, and nothing as cached. A request's `max_tokens` caps the output.
         """
         output = estimate.output_tokens
         if request.max_tokens is not None:
             output = np.minimum(output, np.float32(request.max_tokens))
-        input_price, output_price, _ = self._calls
-        return np.float32(estimate.input_tokens) * input_price + output * output_price
+        calls = self._calls
+        return np.float32(estimate.input_tokens) * calls.input_price + output * calls.output_price
 
 
 def new_id() -> str:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
+@click.option("--session-seconds", default=3600.0, show_default=True, help="How long a session is remembered.")
 @click.option(
     "--drain-seconds", default=0.0, show_default=True,
     help="How long the port stays open after SIGTERM, while readiness says no.",
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
-    store_prompts: str, host: str, port: int, api_keys: Path | None, drain_seconds: float,
+    store_prompts: str, host: str, port: int, api_keys: Path | None, session_seconds: float, drain_seconds: float,
     baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
@@ -78,7 +79,7 @@ def serve(
         assert bundle is not None
         settings = Settings(
             bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
-            host=host, port=port,
+            host=host, port=port, session_seconds=session_seconds,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
             drain_seconds=drain_seconds, baseline_model=baseline_model,
             log_format=log_format, otlp_endpoint=otlp_endpoint,  # type: ignore[arg-type]

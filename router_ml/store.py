@@ -26,7 +26,7 @@ from router_ml.draining import Draining, DrainProcess, DrainThread
 from router_ml.errors import UnreachableError
 from router_ml.outcome_queue import OutcomeQueue, Receipt
 from router_ml.spool import Spool
-from router_ml.stored import counts, find_decision, log_rows, pages
+from router_ml.stored import counts, find_decision, log_rows, pages, session_model
 from router_ml.stored_features import pack_features
 from router_ml.tables import DECISIONS, OUTCOMES, decision_row, open_database
 from router_ml.types import CandidateFeatures, Outcome, RouteDecision, RouteRequest
@@ -224,6 +224,10 @@ class Store:
     def decision(self, decision_id: str) -> dict[str, Any] | None:
         """One stored decision as the table's columns; None where it is not known."""
         return find_decision(self._engine, decision_id)
+
+    def session_model(self, key: str | None, tenant: str | None, session: str, since_us: int) -> tuple[str, int] | None:
+        """The model that a session is with, and since when: see `stored.session_model`."""
+        return session_model(self._engine, key, tenant, session, since_us)
 
     def outcomes(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The outcomes that arrived from `since_us` on, oldest first, as the table's columns."""

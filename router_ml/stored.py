@@ -93,6 +93,24 @@ def _feedback_alone(row: sa.RowMapping) -> bool:
     return row["quality"] is not None and said <= FEEDBACK and row["status"] == "ok" and not row["retries"]
 
 
+def session_model(
+    engine: sa.Engine, key: str | None, tenant: str | None, session: str, since_us: int
+) -> tuple[str, int] | None:
+    """The model that a session is with, and since when (microseconds since 1970); None where `since_us` knows none.
+
+    It is that of the session's latest decision, or the one that served instead, where an outcome says so.
+    """
+    d, o = DECISIONS.c, OUTCOMES.c
+    whose = (d.session == session, d.key.is_not_distinct_from(key), d.tenant.is_not_distinct_from(tenant))
+    latest = sa.select(d.decision_id, d.model, d.time_us).where(*whose, d.time_us >= since_us)
+    with engine.connect() as connection:
+        row = connection.execute(latest.order_by(d.time_us.desc()).limit(1)).first()
+        if row is None:
+            return None
+        told = sa.select(o.served_model).where(o.decision_id == row.decision_id, o.served_model.is_not(None))
+        return connection.scalar(told.order_by(o.time_us.desc()).limit(1)) or row.model, row.time_us
+
+
 def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
     """The decision that a row of the table holds; a number that was not finite when it was stored is NaN."""
 

@@ -45,7 +45,16 @@ DECISIONS = sa.Table(
     sa.Column("policy_version", sa.String, nullable=False),
     *(sa.Column(name, sa.Text) for name in ("prompt", "messages", "tools")),
     sa.Column("features", sa.LargeBinary),  # of `stored_features.pack_features`
+    sa.Column("incumbent", sa.String),  # of the session, by which the propensity is conditional
+    sa.Column("stayed", sa.Boolean),
+    sa.Column("cached_tokens", sa.Float),
 )
+_NO_VALUES = dict.fromkeys(DECISIONS.columns.keys())  # for what an earlier version has left in its spool
+_IN_SESSION = DECISIONS.c.session.is_not(None)
+sa.Index(
+    "ix_decisions_session", DECISIONS.c.session, DECISIONS.c.time_us,
+    sqlite_where=_IN_SESSION, postgresql_where=_IN_SESSION,
+)  # fmt: skip
 OUTCOMES = sa.Table(
     "outcomes",
     METADATA,
@@ -207,6 +216,9 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
+        "incumbent": decision.incumbent,
+        "stayed": decision.stayed,
+        "cached_tokens": decision.cached_tokens,
     }
 
 
@@ -219,6 +231,7 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
     sql, order = _insert_statement(connection.dialect)
     full = [
         {
+            **_NO_VALUES,
             **row,
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),

@@ -24,6 +24,8 @@ class ModelCard:
 
     `capabilities`, `regions` and `data_classes` are what the model is cleared for: what is not listed is not allowed.
     `sibling` names the model of the catalogue that it most resembles: what is expected of it until outcomes are known.
+    `cached_input_usd_per_mtok` is the price of input that is read from the provider's prompt cache. None, not known,
+    counts as `input_usd_per_mtok`: no session is held to a model by a discount that nobody has stated.
     """
 
     id: str
@@ -36,6 +38,7 @@ class ModelCard:
     regions: frozenset[str] = frozenset()
     data_classes: frozenset[str] = frozenset({"public"})
     sibling: str | None = None
+    cached_input_usd_per_mtok: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ class RouteRequest:
     asks for the most probable model within `max_cost_usd` (None: the tier's, which is "cost" unless it says otherwise).
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
     the tool definitions as JSON; `needs` are capabilities that the request cannot do without. `candidates` are the
-    models that the request names, `allowed` those that its API key may use (None: all).
+    models that the request names, `allowed` those that its API key may use (None: all). `session` names the
+    conversation, `previous_model` the model that it is with, where the caller knows (see `session`).
     """
 
     messages: tuple[Message, ...]
@@ -71,6 +75,7 @@ class RouteRequest:
     key: str | None = None
     task: str | None = None
     session: str | None = None
+    previous_model: str | None = None
     request_id: str | None = None
     data_class: str | None = None
     region: str | None = None
@@ -109,7 +114,9 @@ class RouteDecision:
     `propensity` is the exact probability with which the policy chose `model` for this request (exploration included);
     `excluded` maps each ineligible model to the constraint that kept it out. Every `p_ok` is the probability of an
     answer of at least `quality_threshold` (None: the learner does not say which). `data_class` is the one that every
-    candidate is cleared for: the request's, or the policy's default.
+    candidate is cleared for: the request's, or the policy's default. `incumbent` is the model that the session was
+    with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
+    prompt cache was taken to hold of this request.
     """
 
     decision_id: str
@@ -125,6 +132,9 @@ class RouteDecision:
     policy_version: str
     quality_threshold: float | None = None
     data_class: str | None = None
+    incumbent: str | None = None
+    stayed: bool | None = None
+    cached_tokens: float | None = None
 
     @property
     def chosen(self) -> Candidate:

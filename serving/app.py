@@ -27,6 +27,7 @@ from serving.live import LiveRouter
 from serving.metrics import Metrics
 from serving.routes import Front
 from serving.service import Service
+from serving.sessions import Sessions, StoredSessions
 from serving.settings import Settings
 from serving.shared import Shared
 
@@ -49,14 +50,17 @@ def create_app(settings: Settings) -> Front:
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
         drain=settings.drain, patient=True,
     )  # fmt: skip
+    sessions = Sessions(settings.session_seconds, settings.max_sessions)
+    stored = StoredSessions(store, settings.session_lookup_seconds, settings.session_seconds)
     _catch_up(shared, live, settings)
     unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
     service = Service(
-        settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, tracing=_tracing(settings)
-    )
+        settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
+        tracing=_tracing(settings),
+    )  # fmt: skip
     shared.heard = service.heard
 
     @contextlib.asynccontextmanager
@@ -70,6 +74,7 @@ def create_app(settings: Settings) -> Front:
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        stored.close()
         await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
         if service.tracing is not None:

@@ -120,12 +120,13 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     service: Service = request.app.state.service
     live = service.live.live  # once: no answer mixes two versions
     asked = body.to_request(request.scope["caller"], live.router.policy)
+    session = None if asked.session is None else await service.session(asked)
     if record:
-        decision, estimate = service.decide(live, asked, request.headers)
+        decision, estimate = service.decide(live, asked, request.headers, session)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
-        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers))
+        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers), session)
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         try:

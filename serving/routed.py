@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 _FREE = frozenset(
     {"messages", "prompt", "tools", "functions", "response_format", "max_tokens", "max_completion_tokens"}
     | {"tier", "min_probability", "willingness_to_pay_usd", "quality_threshold", "objective"}
-    | {"candidates", "tenant", "task", "session", "request_id", "explain"}
+    | {"candidates", "tenant", "task", "session", "previous_model", "request_id", "explain"}
 )
 
 
@@ -51,6 +51,7 @@ class RouteFields(TypedDict, total=False):
     tenant: str | None
     task: str | None
     session: str | None
+    previous_model: str | None
     request_id: str | None
     explain: bool | None
 

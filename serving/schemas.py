@@ -55,7 +55,10 @@ class RouteBody(BaseModel):
     needs: list[Literal["tools", "vision", "json"]] = Field([], max_length=3, description="Capabilities needed.")
     tenant: Name | None = None
     task: Name | None = Field(None, description="A tag that the policy's rules may match.")
-    session: Name | None = None
+    session: Name | None = Field(
+        None, description="The conversation: it stays with its model unless there is a reason."
+    )
+    previous_model: Name | None = Field(None, description="The model that the conversation is with, if you know.")
     request_id: Name | None = Field(None, description="The caller's own id; outcomes may name it.")
     explain: bool = Field(False, description="Answer with an `explanation`, some milliseconds later.")
 
@@ -72,6 +75,7 @@ class RouteBody(BaseModel):
             key=None if key is None else key.name,
             task=self.task,
             session=self.session,
+            previous_model=self.previous_model,
             request_id=self.request_id,
             data_class=self.data_class,
             region=self.region,
@@ -158,7 +162,10 @@ class ExplanationAnswer(TypedDict):
 
 
 class RouteAnswer(TypedDict):
-    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added."""
+    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added.
+
+    `incumbent` is the model that the session was with, and `stayed` whether it was chosen, where there is one.
+    """
 
     schema_version: int
     decision_id: str
@@ -181,6 +188,8 @@ class RouteAnswer(TypedDict):
     reason: str
     model_version: str
     policy_version: str
+    incumbent: NotRequired[str]
+    stayed: NotRequired[bool]
     explanation: NotRequired[ExplanationAnswer]
 
 

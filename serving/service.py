@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from router_ml.errors import NoEligibleModelError
 from router_ml.policy import Policy
+from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
 from serving.health import FAILED, Health
@@ -18,6 +19,7 @@ from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
 from serving.metrics import Metrics, tier_of
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
+from serving.sessions import Sessions, StoredSessions, is_behind
 from serving.settings import Settings
 from serving.shared import Shared
 
@@ -38,6 +40,8 @@ class Service:
     metrics: Metrics
     health: Health
     shared: Shared
+    sessions: Sessions
+    stored_sessions: StoredSessions
     routed: OrderedDict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=OrderedDict)
     """The latest decisions whose outcome is awaited, by id: their models in order, and the name of the key that asked.
 
@@ -68,14 +72,25 @@ class Service:
         }
         return self.store.degraded + [name for name, bad in states.items() if bad]
 
-    def decide(self, live: Live, asked: RouteRequest, headers: Mapping[str, str]) -> tuple[RouteDecision, Estimate]:
+    async def session(self, asked: RouteRequest) -> Session | None:
+        """What is known of the request's session; the store is asked where the conversation tells of more."""
+        if asked.session is None:
+            return None
+        known = self.sessions.get(asked)
+        if asked.previous_model is None and is_behind(asked, known):
+            return await self.stored_sessions.get(asked, known)
+        return known
+
+    def decide(
+        self, live: Live, asked: RouteRequest, headers: Mapping[str, str], session: Session | None = None
+    ) -> tuple[RouteDecision, Estimate]:
         """Decides, counts and traces; `headers` are the request's. Raises what `Router.decide` does."""
         began = 0 if self.tracing is None else time.time_ns()
         clock = time.perf_counter
         marks = [clock()]
         try:
             decision, estimate = live.router.decide_with_estimate(
-                asked, self.health.down(live.providers), lambda: marks.append(clock())
+                asked, self.health.down(live.providers), session, lambda: marks.append(clock())
             )
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
@@ -104,6 +119,7 @@ class Service:
         self.routed[decision.decision_id] = (tuple([c.model for c in decision.candidates]), asked.key)
         if len(self.routed) > _ROUTED:
             self.routed.popitem(last=False)
+        self.sessions.decided(asked, decision.decision_id, decision.model)
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
@@ -137,6 +153,8 @@ class Service:
         of = outcome.decision_id or ""
         providers, chosen = self.live.live.providers, models[0]
         served = outcome.served_model or chosen
+        if outcome.status in FAILED or served in models:
+            self.sessions.served(of, None if outcome.status in FAILED else served)
         if outcome.status != "cancelled" and served in providers and served in models:
             self.health.report(served, providers[served], failed=outcome.status in FAILED, decision_id=of)
             if served != chosen and chosen in providers:
@@ -146,7 +164,7 @@ class Service:
 def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> RouteAnswer:
     """A decision as the service answers it."""
     providers, chosen = live.providers, decision.candidates[0]
-    return {
+    answer: RouteAnswer = {
         "schema_version": SCHEMA_VERSION,
         "decision_id": decision.decision_id,
         "request_id": asked.request_id,
@@ -181,3 +199,6 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
     }
+    if decision.incumbent is not None and decision.stayed is not None:
+        answer["incumbent"], answer["stayed"] = decision.incumbent, decision.stayed
+    return answer

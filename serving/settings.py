@@ -27,6 +27,9 @@ class Settings:
     process of its own (`drain`; "thread" does without) takes them to the store within as much again. `store_prompts`
     says what is kept of a request: "none", "features" (what the learner saw: its embedding and statistics, which
     explain the decision later and are enough to train again), or "text" beside these.
+    A session is remembered for `session_seconds` after its latest decision, the latest `max_sessions` at most (0: none
+    are); one that other processes have served is looked up in the store, for which a request waits
+    `session_lookup_seconds` at most (0: never).
     `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
     and the port closes `drain_seconds` later. With more than `max_waiting` requests that have come and not begun, the
@@ -52,6 +55,9 @@ class Settings:
     max_body_bytes: int = 2 * 1024 * 1024
     max_waiting: int = 200
     health: HealthSettings = field(default_factory=HealthSettings)
+    session_seconds: float = 3600.0
+    max_sessions: int = 50_000
+    session_lookup_seconds: float = 0.05
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
     baseline_model: str | None = None
@@ -69,6 +75,8 @@ class Settings:
             raise InputError("max_waiting has to be 1 or more")
         if self.spool_bytes < 1 << 20:
             raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
+        if min(self.session_seconds, self.max_sessions, self.session_lookup_seconds) < 0:
+            raise InputError("session_seconds, max_sessions and session_lookup_seconds have to be 0 or more")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
         if self.log_format not in LOG_FORMATS:

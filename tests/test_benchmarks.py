@@ -21,6 +21,7 @@ from benchmarks.cold_start import main as cold_start_main
 from benchmarks.latency import main as latency_main
 from benchmarks.learning_curve import main as learning_curve_main
 from benchmarks.quality import main as quality_main
+from benchmarks.sessions import main as sessions_main
 from router_ml.catalog import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,3 +259,15 @@ def test_latency_by_stage(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> 
     assert len(stages) >= 5 and all(0 < stage["p50"] <= stage["p99"] for stage in stages.values())
     assert all(name in done.stdout for name in stages)
     assert 0.4 * whole["p50"] < sum(stage["p50"] for stage in stages.values()) < 2.5 * whole["p50"]
+
+
+def test_a_session_that_is_routed_costs_less_than_its_turns_alone_and_is_better_than_one_that_never_moves(
+    tmp_path: Path,
+) -> None:
+    ran = invoked(sessions_main, "--sessions", "60", "--seeds", "2", "--json", tmp_path / "sessions.json")
+    assert ran.exit_code == 0, ran.output
+    for kind, rules in json.loads((tmp_path / "sessions.json").read_text())["results"].items():
+        ours, alone, sticky = (rules[name] for name in ("router-ml", "no session logic", "sticky for ever"))
+        assert ours["with escalation"] < alone["with escalation"] and ours["acceptable"] > alone["acceptable"], kind
+        assert ours["cost"] < 1.03 * alone["cost"] and ours["moves"] < 0.6 * alone["moves"], kind
+        assert ours["short"] < 0.03 < 0.05 < sticky["short"] and sticky["moves"] == 0, kind

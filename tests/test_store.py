@@ -78,6 +78,9 @@ def kept(store: Store, made: RouteDecision, of: RouteRequest | None = None, **te
     return made
 
 
+IN_SESSION = {"incumbent": "mid", "stayed": False, "cached_tokens": 2048.5}
+
+
 def test_a_decision_comes_back_whole(store: Store) -> None:
     before = time.time_ns() // 1000
     of = request(
@@ -93,7 +96,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         max_cost_usd=0.5,
         willingness_to_pay_usd=0.25,
     )
-    made = kept(store, decision(explored=True, data_class="internal"), of)
+    made = kept(store, decision(explored=True, data_class="internal", **IN_SESSION), of)
     assert store.flush()
     (row,) = store.decisions()
     at = row.pop("time_us")
@@ -130,6 +133,9 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "messages": None,
         "tools": None,
         "features": None,
+        "incumbent": "mid",
+        "stayed": False,
+        "cached_tokens": 2048.5,
     }
     assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
     assert math.isnan(decision_of_row(row).candidates[1].p_ok)
@@ -492,3 +498,17 @@ def test_processes_may_open_a_store_at_once(store_url: str, there: str) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_a_spool_of_an_earlier_version_lacks_the_columns_that_have_come_since(tmp_path: Path) -> None:
+    from router_ml.tables import decision_row, insert_decisions, open_database
+
+    engine = open_database(str(tmp_path / "store.db"))
+    made = decision()
+    row = decision_row(request(), made) | dict.fromkeys(("prompt", "messages", "tools", "features"))
+    earlier = {name: value for name, value in row.items() if name not in IN_SESSION} | {"provider": "acme"}
+    with engine.begin() as connection:
+        insert_decisions(connection, [earlier])
+    engine.dispose()
+    (stored,) = Store(str(tmp_path / "store.db")).decisions()
+    assert stored["decision_id"] == made.decision_id and {stored[name] for name in IN_SESSION} == {None}

@@ -82,3 +82,26 @@ def test_words_split_as_bert_does() -> None:
     assert words("Don't STOP, É=é!") == ["don", "'", "t", "stop", ",", "e", "=", "e", "!"]
     assert words("北京 is x²") == ["北", "京", "is", "x²"]
     assert words("a\x00b\x07c\td") == ["abc", "d"]
+
+
+def test_what_a_tool_returns_does_not_drown_the_question() -> None:
+    question = "Prove that every bounded sequence of real numbers has a convergent subsequence."
+    request = _turns(("user", question), ("assistant", "I look it up."), ("tool", "line of a file\n" * 500 + "the end"))
+    text = request_text(request)
+    assert text.startswith(question) and text.endswith("the end")
+    assert len(text) <= 1.5 * len(question) + 2
+
+
+def test_a_long_answer_does_not_drown_the_question_that_a_short_turn_follows_up_on() -> None:
+    question = "Prove that every bounded sequence of real numbers has a convergent subsequence."
+    answer = "Let us begin with the definition of a limit. " * 50 + "Shall I go on?"
+    turns = [("user", question), ("assistant", answer), ("user", "yes"), ("assistant", answer), ("user", "continue")]
+    text = request_text(_turns(*turns))
+    assert text.startswith(question) and text.endswith("continue") and "yes" in text and "Shall I go on?" in text
+    assert len(text) <= 1.5 * (len(question) + len("yes continue")) + 6
+
+
+def test_a_short_turn_after_a_very_long_one_is_still_read() -> None:
+    request = _turns(("user", "a word " * 2000 + "the end"), ("assistant", "Understood."), ("user", "yes"))
+    text = request_text(request)
+    assert len(text) <= MAX_CHARS and text.endswith("yes") and "the end" in text

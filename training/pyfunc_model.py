@@ -15,7 +15,18 @@ from router_ml.registry import BUNDLE
 from router_ml.router import Router
 from router_ml.types import Message, RouteRequest
 
-_TEXTS = ("tier", "objective", "task", "tenant", "key", "session", "request_id", "data_class", "region")
+_TEXTS = (
+    "tier",
+    "objective",
+    "task",
+    "tenant",
+    "key",
+    "session",
+    "previous_model",
+    "request_id",
+    "data_class",
+    "region",
+)
 _NUMBERS = ("min_probability", "quality_threshold", "willingness_to_pay_usd", "max_cost_usd")
 _INTEGERS = ("max_tokens", "tools", "tools_chars")
 _LISTS = ("needs", "candidates")
