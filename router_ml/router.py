@@ -40,7 +40,8 @@ class Router:
     """An immutable router: one catalogue, one learner, one policy. A new version is a new object, swapped whole.
 
     `reliability` is how calls of each model went in the log (None: all at the first attempt); `quality_threshold` is
-    the one that requests have which name none (None: not known).
+    the one that requests have which name none (None: not known). `twin` is a learner of the same log that answers in
+    microseconds, for a service whose own learner is late (None: there is none).
     """
 
     catalog: Catalog
@@ -50,6 +51,7 @@ class Router:
     draw: Callable[[], float] = random.random
     reliability: Reliability | None = None
     quality_threshold: float | None = None
+    twin: Estimator | None = None
 
     @cached_property
     def constraints(self) -> Constraints:
@@ -81,11 +83,13 @@ class Router:
         return self.decide_with_estimate(request)[0]
 
     def decide_with_estimate(
-        self, request: RouteRequest, down: Mapping[str, str] = _UP
+        self, request: RouteRequest, down: Mapping[str, str] = _UP, estimator: Estimator | None = None
     ) -> tuple[RouteDecision, Estimate]:
         """Routes one request, and hands out the estimate behind the decision: what explains it.
 
         `down` holds the models that do not answer just now, and why: they are excluded while another may serve.
+        `estimator` estimates in the learner's place: the rest of it, where the request was embedded elsewhere, or the
+        `twin`, which the decision then names.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -101,7 +105,7 @@ class Router:
             check_threshold(threshold, self.thresholds)
         if threshold != request.quality_threshold or dial.max_cost_usd != request.max_cost_usd:  # the tier's
             request = replace(request, quality_threshold=threshold, max_cost_usd=dial.max_cost_usd)
-        estimate = self.estimator.estimate(request)
+        estimate = (estimator or self.estimator).estimate(request)
         cost = self.expected_cost(request, estimate)
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():
@@ -151,6 +155,7 @@ class Router:
             policy_version=policy.version,
             quality_threshold=self.quality_threshold if threshold is None else threshold,
             data_class=policy.default_data_class if request.data_class is None else request.data_class,
+            degraded=estimator is not None and estimator is self.twin,
         )
         return decision, estimate
 

@@ -45,6 +45,7 @@ DECISIONS = sa.Table(
     sa.Column("policy_version", sa.String, nullable=False),
     *(sa.Column(name, sa.Text) for name in ("prompt", "messages", "tools")),
     sa.Column("features", sa.LargeBinary),  # of `stored_features.pack_features`
+    sa.Column("degraded", sa.Boolean),  # whether the twin estimated
 )
 OUTCOMES = sa.Table(
     "outcomes",
@@ -196,6 +197,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
+        "degraded": decision.degraded,
     }
 
 

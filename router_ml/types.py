@@ -109,7 +109,8 @@ class RouteDecision:
     `propensity` is the exact probability with which the policy chose `model` for this request (exploration included);
     `excluded` maps each ineligible model to the constraint that kept it out. Every `p_ok` is the probability of an
     answer of at least `quality_threshold` (None: the learner does not say which). `data_class` is the one that every
-    candidate is cleared for: the request's, or the policy's default.
+    candidate is cleared for: the request's, or the policy's default. `degraded` says that the router's twin made the
+    estimates, since its own learner was late.
     """
 
     decision_id: str
@@ -125,6 +126,7 @@ class RouteDecision:
     policy_version: str
     quality_threshold: float | None = None
     data_class: str | None = None
+    degraded: bool = False
 
     @property
     def chosen(self) -> Candidate:
