@@ -167,7 +167,8 @@ def load_router(path: str | Path, policy: Policy | None = None) -> Router:
 def load_neighbours(path: str | Path, version: str, *, twin: bool = False) -> Neighbours | None:
     """The past requests of the bundle at `path` that has this version; None where it was made without them.
 
-    They have the embeddings of its learner, or of its `twin`. Raises BundleError when the file was altered, or when another bundle has taken that one's place.
+    They have the embeddings of its learner, or of its `twin`. Raises BundleError when the file was altered, or when
+    another bundle has taken that one's place.
     """
     name = TWIN + NEIGHBOURS if twin else NEIGHBOURS
     data = read_later(path, version, name)

@@ -35,7 +35,7 @@ class Bert:
     """A BERT model by its own files, `config` (config.json) and `weights` (safetensors), and what it said of late.
 
     One that is made `to_serve` lets go of the bytes of `weights`, which only saving needs: they are as large as the
-    model. Raises BundleError when torch or transformers is not installed, or when the files are not those of a BERT model.
+    model. Raises BundleError when torch or transformers is not installed, or when the files are not a BERT model's.
     """
 
     def __init__(self, config: bytes, weights: bytes, *, to_serve: bool = False) -> None:

@@ -26,10 +26,17 @@ from router_ml.terminal import TRACKING, ExistingFile, PathArg
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond loopback, API keys are needed.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
+@click.option(
+    "--embed-deadline-ms",
+    default=50.0,
+    show_default=True,
+    help="How long a transformer may take; past it the bundle's static twin answers.",
+)
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
-    store_prompts: str, host: str, port: int, api_keys: Path | None, tracking_uri: str,
+    store_prompts: str, host: str, port: int, api_keys: Path | None, embed_deadline_ms: float,
+    tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -49,7 +56,7 @@ def serve(
     assert bundle is not None
     settings = Settings(
         bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
-        host=host, port=port,
+        host=host, port=port, embed_deadline_ms=embed_deadline_ms,
         api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
     )  # fmt: skip
     from serving.app import serve as run

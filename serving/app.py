@@ -54,6 +54,8 @@ def create_app(settings: Settings) -> FastAPI:
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        if live.live.embedding is not None:
+            live.live.embedding.embedder.close()
         await asyncio.to_thread(store.close)
 
     # The interactive pages would load scripts from elsewhere; /openapi.json is what they show.

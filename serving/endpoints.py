@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 from fastapi import APIRouter, Security
@@ -102,12 +103,17 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     service: Service = request.app.state.service
     live = service.live.live  # once: no answer mixes two versions
     asked = body.to_request(request.scope["caller"], live.router.policy)
+    stand, started = None, None
+    if live.embedding is not None:
+        started = time.perf_counter()
+        stand = await live.embedding.estimator(asked, service.settings.embed_deadline_ms / 1000.0)
     if record:
-        decision, estimate = service.decide(live, asked)
+        decision, estimate = service.decide(live, asked, stand, started)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
-        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers))
+        estimator = None if stand is None else stand.estimator
+        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers), estimator)
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         try:
@@ -203,6 +209,9 @@ async def readyz(request: Request) -> ReadyAnswer:
     degraded = service.store.degraded
     if service.live.last_error is not None:
         degraded.append("bundle")
+    embedding = service.live.live.embedding
+    if embedding is not None and not embedding.embedder.alive:
+        degraded.append("encoder")
     return {
         "status": "ready",
         "model_version": router.model_version,

@@ -158,7 +158,10 @@ class ExplanationAnswer(TypedDict):
 
 
 class RouteAnswer(TypedDict):
-    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added."""
+    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added.
+
+    `degraded` says that the bundle's static twin made the estimates, since its transformer was late or failed.
+    """
 
     schema_version: int
     decision_id: str
@@ -181,6 +184,7 @@ class RouteAnswer(TypedDict):
     reason: str
     model_version: str
     policy_version: str
+    degraded: bool
     explanation: NotRequired[ExplanationAnswer]
 
 

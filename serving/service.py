@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from router_ml.errors import NoEligibleModelError
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
+from serving.embedding import Stand
 from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
@@ -45,14 +46,22 @@ class Service:
         self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
         self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
 
-    def decide(self, live: Live, asked: RouteRequest) -> tuple[RouteDecision, Estimate]:
-        """Decides and counts. Raises what `Router.decide` does."""
-        started = time.perf_counter()
+    def decide(
+        self, live: Live, asked: RouteRequest, stand: Stand | None = None, started: float | None = None
+    ) -> tuple[RouteDecision, Estimate]:
+        """Decides and counts. Raises what `Router.decide` does.
+
+        `stand` estimates where the request was embedded, or should have been; that began when the clock said `started`.
+        """
+        started = time.perf_counter() if started is None else started
+        estimator = None if stand is None else stand.estimator
         try:
-            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers))
+            decision, estimate = live.router.decide_with_estimate(asked, self.health.down(live.providers), estimator)
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
             raise
+        if stand is not None and stand.late is not None:
+            self.metrics.degraded(stand.late)
         self.metrics.decided(asked, decision, live.router.policy, time.perf_counter() - started)
         return decision, estimate
 
@@ -129,4 +138,5 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
+        "degraded": decision.degraded,
     }

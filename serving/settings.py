@@ -28,7 +28,8 @@ class Settings:
     explain the decision later and are enough to train again), or "text" beside these.
     `api_keys` maps a key's name to the key, or to its SHA-256 in hex; with none the service is open, and then only a
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
-    and the port closes `drain_seconds` later.
+    and the port closes `drain_seconds` later. `embed_deadline_ms` is how long a request waits for its embedding where
+    the bundle has a transformer; past it the bundle's static twin answers.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -48,6 +49,7 @@ class Settings:
     health: HealthSettings = field(default_factory=HealthSettings)
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
+    embed_deadline_ms: float = 50.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -58,6 +60,8 @@ class Settings:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
         if self.spool_bytes < 1 << 20:
             raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
+        if not 0 < self.embed_deadline_ms <= 60_000:
+            raise InputError("embed_deadline_ms has to be more than 0 and at most 60000")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
         keys = {n: k if isinstance(k, ApiKey) else ApiKey.of_table(n, k) for n, k in self.api_keys.items()}

@@ -60,8 +60,9 @@ def train(
 
     The same log, options and machine give the same bytes. The bundle holds the model that was judged: the held-out
     requests do not enter it. With the encoder "transformer" it also holds a twin: the static learner, trained on the
-    same requests and judged on the same, for whoever cannot wait. With `holdout` 0 every request is trained on and the metrics are out of fold. The newest
-    training requests are kept for explanations, with the beginnings of their texts only if `keep_prompts`.
+    same requests and judged on the same, for whoever cannot wait. With `holdout` 0 every request is trained on and
+    the metrics are out of fold. The newest training requests are kept for explanations, with the beginnings of their
+    texts only if `keep_prompts`.
     Raises InputError when an option or the log is not fit for it.
     """
     if not 0.0 <= holdout < 1.0:
