@@ -49,7 +49,7 @@ class Settings:
     health: HealthSettings = field(default_factory=HealthSettings)
     watch_seconds: float = 1.0
     drain_seconds: float = 0.0
-    embed_deadline_ms: float = 50.0
+    embed_deadline_ms: float = 150.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
