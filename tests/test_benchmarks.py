@@ -258,3 +258,14 @@ def test_latency_by_stage(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> 
     assert len(stages) >= 5 and all(0 < stage["p50"] <= stage["p99"] for stage in stages.values())
     assert all(name in done.stdout for name in stages)
     assert 0.4 * whole["p50"] < sum(stage["p50"] for stage in stages.values()) < 2.5 * whole["p50"]
+
+
+def test_the_service_over_http(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "service.json"
+    options = ("--data", data_dir, "--bundle", tiny_bundle, "--connections", "2", "--seconds", "0.5", "--json", out)
+    done = benchmark("service", *options)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())["runs"]
+    assert found["connections"] == 2 and found["answers"] > 20 and found["degraded"] == 0.0
+    assert 0.0 < found["route_ms"]["p50"] <= found["route_ms"]["p99"] <= found["route_ms"]["max"] < 5_000
+    assert 0.0 < found["healthz_ms"]["p50"] < 1_000

@@ -119,6 +119,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "messages": None,
         "tools": None,
         "features": None,
+        "degraded": False,
     }
     assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
     assert math.isnan(decision_of_row(row).candidates[1].p_ok)
