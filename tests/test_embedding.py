@@ -163,6 +163,16 @@ def test_an_encoder_that_fails_degrades_and_says_nothing_of_the_prompt(
         assert service.http.post("/route", json={"prompt": "secret " + HARD}).json()["degraded"] is False
 
 
+def test_without_its_thread_the_service_degrades_and_readiness_says_so(hasty: Running) -> None:
+    embedding = hasty.service.live.live.embedding
+    assert embedding is not None
+    embedding.embedder.close()
+    wait_for(lambda: not embedding.embedder.alive)
+    assert hasty.http.get("/readyz").json()["degraded"] == ["encoder"]
+    assert hasty.http.post("/route", json={"prompt": EASY}).json()["degraded"] is True
+    assert hasty.metric('router_degraded_total{why="busy"}') == 1
+
+
 def test_a_flood_is_answered_within_the_deadline_and_the_loop_stays_free(
     transformer_bundle: Path, tmp_path: Path
 ) -> None:
