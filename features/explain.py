@@ -121,17 +121,18 @@ def explain(
 ) -> Explanation:
     """Explains a decision of `router` on the request whose features these are.
 
-    `note` says why there are no `neighbours`, where it is not that the bundle has none. Raises InputError when the
-    decision is another bundle's, or when the router's learner cannot be taken apart.
+    `neighbours` are those of the learner that estimated: the twin's for a decision that is `degraded`. `note` says why
+    there are none, where it is not that the bundle has none. Raises InputError when the decision is another bundle's,
+    or when the router's learner cannot be taken apart.
     """
-    estimator = router.estimator
-    if not isinstance(estimator, LearnedEstimator):
-        raise InputError("only a trained router's decisions can be explained")
     if decision.model_version != router.model_version:
         raise InputError(
             f"the decision was made by bundle {decision.model_version}, and this is {router.model_version}: "
             "give the folder of the bundle that made it"
         )
+    estimator = _learner(router, decision)
+    if not isinstance(estimator, LearnedEstimator):
+        raise InputError("only a trained router's decisions can be explained")
     names, ids = estimator.featurizer.names, router.catalog.ids
     if features.rows.shape != (len(ids), len(names)):
         raise InputError(
@@ -209,9 +210,9 @@ def explain_stored(
     decision = decision_of_row(row)
     if row["features"] is not None:
         features = unpack_features(bytes(row["features"]))
-    elif (row["prompt"] or row["messages"]) and isinstance(router.estimator, LearnedEstimator):
+    elif (row["prompt"] or row["messages"]) and isinstance(learner := _learner(router, decision), LearnedEstimator):
         asked = request_of_log_row(row["prompt"], row["messages"], row["tools"])
-        features = router.estimator.featurizer.transform(asked)
+        features = learner.featurizer.transform(asked)
     else:
         raise InputError(
             f"decision {decision.decision_id} was stored with neither its features nor its prompt, so nothing is left "
@@ -220,7 +221,12 @@ def explain_stored(
     return explain(router, decision, features, neighbours, nearest=nearest)
 
 
-@lru_cache(maxsize=2)
+def _learner(router: Router, decision: RouteDecision) -> object:
+    """The learner that made the decision's estimates."""
+    return router.twin if decision.degraded else router.estimator
+
+
+@lru_cache(maxsize=4)
 def _booster(text: str) -> Any:
     """LightGBM's own model, which a decision does not need: it knows what each feature adds."""
     import lightgbm

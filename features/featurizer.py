@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,14 @@ class RequestFeatures:
     embedding: FloatArray
 
 
+class ReadRequest(NamedTuple):
+    """A request before its embedding: text statistics float32, the encoder's token ids, the conversation's length."""
+
+    statistics: FloatArray
+    tokens: npt.NDArray[np.int64]
+    chars: int
+
+
 @dataclass(frozen=True)
 class RequestFeaturizer:
     """The part that no label enters: encoder, kernel map and lexicon. It is fitted once and shared by all folds."""
@@ -40,15 +49,20 @@ class RequestFeaturizer:
 
     def transform(self, request: RouteRequest) -> RequestFeatures:
         """Features of one request."""
+        seen = self.read(request)
+        return self.finish(seen, self.encoder.embed(seen.tokens))
+
+    def read(self, request: RouteRequest) -> ReadRequest:
+        """What comes before the embedding, which a transformer takes long for."""
         text = request_text(request)
         text_words = words(text)
         statistics = text_statistics(request, text, text_words)
-        tokens = self.encoder.token_ids(text_words)
-        embedding = self.encoder.embed(tokens)
-        kernel = self.kernel_map.apply(embedding, statistics)
-        return RequestFeatures(
-            kernel, statistics, self.lexicon.term_ids(tokens), conversation_chars(request), embedding
-        )
+        return ReadRequest(statistics, self.encoder.token_ids(text_words), conversation_chars(request))
+
+    def finish(self, seen: ReadRequest, embedding: FloatArray) -> RequestFeatures:
+        """What comes after it."""
+        kernel = self.kernel_map.apply(embedding, seen.statistics)
+        return RequestFeatures(kernel, seen.statistics, self.lexicon.term_ids(seen.tokens), seen.chars, embedding)
 
 
 @dataclass(frozen=True)

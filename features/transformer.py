@@ -28,17 +28,20 @@ from router_ml.types import FloatArray
 
 MAX_TOKENS = 254
 """Tokens that are read, as many as all-MiniLM-L6-v2 was trained with, less its two marks at the ends."""
-_REMEMBERED = 1 << 14
+_REMEMBERED, _REMEMBERED_SERVING = 1 << 14, 1 << 11  # texts of some 6 kB each
 
 
 class Bert:
     """A BERT model by its own files, `config` (config.json) and `weights` (safetensors), and what it said of late.
 
-    Raises BundleError when torch or transformers is not installed, or when the files are not those of a BERT model.
+    One that is made `to_serve` lets go of the bytes of `weights`, which only saving needs: they are as large as the
+    model. Raises BundleError when torch or transformers is not installed, or when the files are not a BERT model's.
     """
 
-    def __init__(self, config: bytes, weights: bytes) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: bytes, weights: bytes, *, to_serve: bool = False) -> None:
+        self.config = config
+        self.weights = None if to_serve else weights
+        self._room = _REMEMBERED_SERVING if to_serve else _REMEMBERED
         self._model = _model(config, weights)
         depth = int(self._model.config.num_hidden_layers)
         self.read = tuple(sorted({max(depth * i // 3, 1) for i in (1, 2, 3)}))
@@ -53,13 +56,21 @@ class Bert:
 
     def layers(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
         """The mean vector of each layer that is read, float32 [k, d]; tokens with the marks at both ends."""
-        key = tokens.tobytes()
-        said = self._said.get(key)
+        said = self.remembered(tokens)
         if said is None:
             said = self._run(tokens)
             with self._lock:
-                while len(self._said) >= _REMEMBERED:
+                while len(self._said) >= self._room:
                     del self._said[next(iter(self._said))]
+                self._said[tokens.tobytes()] = said
+        return said
+
+    def remembered(self, tokens: npt.NDArray[np.int64]) -> FloatArray | None:
+        """`layers` of a text seen of late, in microseconds; else None. The longest unasked for is forgotten first."""
+        key = tokens.tobytes()
+        with self._lock:
+            said = self._said.pop(key, None)
+            if said is not None:
                 self._said[key] = said
         return said
 
@@ -134,7 +145,17 @@ class TransformerEncoder:
         """The embedding of a text given as token ids, of length 1; float32 [k * d]. One seen of late costs little."""
         if not len(ids):
             return np.zeros(self.dim, dtype=np.float32)
-        layers = (self.bert.layers(self._marked(ids)) - self.center) * self.scale
+        return self._standardised(self.bert.layers(self._marked(ids)))
+
+    def remembered(self, ids: npt.NDArray[np.int64]) -> FloatArray | None:
+        """`embed` where the model need not be asked, in microseconds; else None."""
+        if not len(ids):
+            return self.embed(ids)
+        layers = self.bert.remembered(self._marked(ids))
+        return None if layers is None else self._standardised(layers)
+
+    def _standardised(self, layers: FloatArray) -> FloatArray:
+        layers = (layers - self.center) * self.scale
         lengths = np.sqrt(np.square(layers).sum(axis=1, keepdims=True) * np.float32(len(layers)))
         embedding: FloatArray = (layers / np.maximum(lengths, np.float32(1e-12))).ravel()
         return embedding

@@ -256,7 +256,7 @@ def explain(decision_id: str, bundle: Path, store: str, neighbours: int, as_json
             f"the store knows no decision {decision_id!r}: check --store, and the id, the answer's 'decision_id'"
         )
     router = load_router(bundle)
-    past = load_neighbours(bundle, router.model_version)
+    past = load_neighbours(bundle, router.model_version, twin=bool(row["degraded"]))
     explanation = explain_stored(router, row, past, nearest=neighbours)
     click.echo(json.dumps(explanation.to_json(prompts=True), indent=1) if as_json else as_text(explanation))
 

@@ -50,7 +50,8 @@ class Router:
     """An immutable router: one catalogue, one learner, one policy. A new version is a new object, swapped whole.
 
     `reliability` is how calls of each model went in the log (None: all at the first attempt); `quality_threshold` is
-    the one that requests have which name none (None: not known).
+    the one that requests have which name none (None: not known). `twin` is a learner of the same log that answers in
+    microseconds, for a service whose own learner is late (None: there is none).
     """
 
     catalog: Catalog
@@ -60,6 +61,7 @@ class Router:
     draw: Callable[[], float] = random.random
     reliability: Reliability | None = None
     quality_threshold: float | None = None
+    twin: Estimator | None = None
 
     @cached_property
     def constraints(self) -> Constraints:
@@ -97,13 +99,16 @@ class Router:
         request: RouteRequest,
         down: Mapping[str, str] = _UP,
         session: Session | None = None,
+        *,
+        estimator: Estimator | None = None,
         estimated: Callable[[], object] | None = None,
     ) -> tuple[RouteDecision, Estimate]:
         """Routes one request, and hands out the estimate behind the decision: what explains it.
 
         `down` holds the models that do not answer just now, and why: they are excluded while another may serve.
-        `session` is what the caller knows of the request's session, None for its first request. `estimated` is called
-        between the estimate and the choice, by who measures the two.
+        `session` is what the caller knows of the request's session, None for its first request. `estimator` estimates
+        in the learner's place: the rest of it, where the request was embedded elsewhere, or the `twin`, which the
+        decision then names. `estimated` is called between the estimate and the choice, by who measures the two.
 
         Raises NoEligibleModelError when the hard constraints leave no model, InputError when the dial or a limit is
         not valid.
@@ -119,7 +124,7 @@ class Router:
             check_threshold(threshold, self.thresholds)
         if threshold != request.quality_threshold or dial.max_cost_usd != request.max_cost_usd:  # the tier's
             request = replace(request, quality_threshold=threshold, max_cost_usd=dial.max_cost_usd)
-        estimate = self.estimator.estimate(request)
+        estimate = (estimator or self.estimator).estimate(request)
         if estimated is not None:
             estimated()
         cost = self.expected_cost(request, estimate)
@@ -188,6 +193,7 @@ class Router:
             incumbent=None if session is None else session.model,
             stayed=None if session is None else choice.order[0] == known,
             cached_tokens=None if cached is None else float(cached[known]) if known >= 0 else 0.0,
+            degraded=estimator is not None and estimator is self.twin,
         )
         return decision, estimate
 

@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
 @click.option("--session-seconds", default=3600.0, show_default=True, help="How long a session is remembered.")
 @click.option(
+    "--embed-deadline-ms", default=150.0, show_default=True,
+    help="How long a transformer may take; past it the bundle's static twin answers.",
+)  # fmt: skip
+@click.option(
     "--drain-seconds", default=0.0, show_default=True,
     help="How long the port stays open after SIGTERM, while readiness says no.",
 )  # fmt: skip
@@ -55,8 +59,8 @@ log = logging.getLogger(__name__)
 @TRACKING
 def serve(
     bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
-    store_prompts: str, host: str, port: int, api_keys: Path | None, session_seconds: float, drain_seconds: float,
-    baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
+    store_prompts: str, host: str, port: int, api_keys: Path | None, session_seconds: float, embed_deadline_ms: float,
+    drain_seconds: float, baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -79,7 +83,7 @@ def serve(
         assert bundle is not None
         settings = Settings(
             bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
-            host=host, port=port, session_seconds=session_seconds,
+            host=host, port=port, session_seconds=session_seconds, embed_deadline_ms=embed_deadline_ms,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
             drain_seconds=drain_seconds, baseline_model=baseline_model,
             log_format=log_format, otlp_endpoint=otlp_endpoint,  # type: ignore[arg-type]

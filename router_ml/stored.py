@@ -121,7 +121,7 @@ def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
         Candidate(c["model"], *(number(c.get(name)) for name in Candidate._fields[1:])) for c in row["candidates"]
     )
     kept = {field.name: row[field.name] for field in fields(RouteDecision) if field.name in row}
-    return RouteDecision(**kept | {"candidates": candidates})
+    return RouteDecision(**kept | {"candidates": candidates, "degraded": bool(row["degraded"])})
 
 
 def counts(engine: sa.Engine) -> dict[str, int]:

@@ -48,6 +48,7 @@ DECISIONS = sa.Table(
     sa.Column("incumbent", sa.String),  # of the session, by which the propensity is conditional
     sa.Column("stayed", sa.Boolean),
     sa.Column("cached_tokens", sa.Float),
+    sa.Column("degraded", sa.Boolean),  # whether the twin estimated
 )
 _NO_VALUES = dict.fromkeys(DECISIONS.columns.keys())  # for what an earlier version has left in its spool
 _IN_SESSION = DECISIONS.c.session.is_not(None)
@@ -219,6 +220,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "incumbent": decision.incumbent,
         "stayed": decision.stayed,
         "cached_tokens": decision.cached_tokens,
+        "degraded": decision.degraded,
     }
 
 

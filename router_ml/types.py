@@ -116,7 +116,8 @@ class RouteDecision:
     answer of at least `quality_threshold` (None: the learner does not say which). `data_class` is the one that every
     candidate is cleared for: the request's, or the policy's default. `incumbent` is the model that the session was
     with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
-    prompt cache was taken to hold of this request.
+    prompt cache was taken to hold of this request. `degraded` says that the router's twin made the estimates, since its
+    own learner was late.
     """
 
     decision_id: str
@@ -135,6 +136,7 @@ class RouteDecision:
     incumbent: str | None = None
     stayed: bool | None = None
     cached_tokens: float | None = None
+    degraded: bool = False
 
     @property
     def chosen(self) -> Candidate:

@@ -75,6 +75,8 @@ def create_app(settings: Settings) -> Front:
         if watcher is not None:
             watcher.cancel()
         stored.close()
+        if live.live.embedding is not None:
+            live.live.embedding.embedder.close()
         await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
         if service.tracing is not None:

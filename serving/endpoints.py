@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 from fastapi import APIRouter, Security
@@ -121,12 +122,18 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     live = service.live.live  # once: no answer mixes two versions
     asked = body.to_request(request.scope["caller"], live.router.policy)
     session = None if asked.session is None else await service.session(asked)
+    stand, started = None, None
+    if live.embedding is not None:
+        started = time.perf_counter()
+        stand = await live.embedding.estimator(asked, service.settings.embed_deadline_ms / 1000.0)
     if record:
-        decision, estimate = service.decide(live, asked, request.headers, session)
+        decision, estimate = service.decide(live, asked, request.headers, session, stand, started)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
     else:
-        decision, estimate = live.router.decide_with_estimate(asked, service.health.down(live.providers), session)
+        decision, estimate = live.router.decide_with_estimate(
+            asked, service.health.down(live.providers), session, estimator=None if stand is None else stand.estimator
+        )
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         try:

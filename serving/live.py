@@ -17,6 +17,7 @@ from router_ml.errors import BundleError, NoEligibleModelError, RouterError
 from router_ml.policy import Policy
 from router_ml.router import Router
 from router_ml.types import CandidateFeatures, Message, RouteDecision, RouteRequest
+from serving.embedding import Embedding
 
 if TYPE_CHECKING:
     from features.neighbours import Neighbours
@@ -37,6 +38,8 @@ class Live:
     bundle: Path
     loaded_at: float
     providers: dict[str, str] = field(repr=False)
+    embedding: Embedding | None = None
+    """Where requests are embedded, for a router that takes milliseconds for it."""
 
     def explain(self, decision: RouteDecision, features: CandidateFeatures) -> dict[str, Any]:
         """Why this router's `decision` on a request of these `features` came out so, for JSON; takes milliseconds.
@@ -47,7 +50,7 @@ class Live:
 
         note = None
         try:
-            neighbours = self._neighbours
+            neighbours = self._twins_neighbours if decision.degraded else self._neighbours
         except BundleError as error:
             log.warning("explained without past requests: %s", error)
             neighbours, note = None, "the bundle's past requests cannot be read just now"
@@ -59,6 +62,12 @@ class Live:
         from features.load import load_neighbours
 
         return load_neighbours(self.bundle, self.router.model_version)
+
+    @cached_property
+    def _twins_neighbours(self) -> Neighbours | None:
+        from features.load import load_neighbours
+
+        return load_neighbours(self.bundle, self.router.model_version, twin=True)
 
 
 class LiveRouter:
@@ -145,11 +154,14 @@ class LiveRouter:
             router = load_router(target, Policy.load(self.policy) if self.policy else self._stored())
             with contextlib.suppress(NoEligibleModelError):
                 router.decide(WARM_UP)
+                if router.twin is not None:
+                    router.decide_with_estimate(WARM_UP, estimator=router.twin)
+            embedding = Embedding.of(router)
         except RouterError:
             raise
         except Exception as error:
             raise BundleError(f"{bundle} cannot be loaded ({type(error).__name__}: {error}): train it again") from error
-        return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog})
+        return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog}, embedding)
 
     def _signature(self) -> Signature | None:
         """What changes when a file of the bundle or the policy does; None when the bundle is not there."""

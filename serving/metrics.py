@@ -55,6 +55,9 @@ class Metrics:
         self._responses = Counter(
             "router_responses", "Responses, by path and status.", ["path", "status"], registry=self.registry
         )
+        self._degraded = Counter(
+            "router_degraded", "Decisions of the twin, by why there was no embedding.", ["why"], registry=self.registry
+        )
         self._counters: dict[tuple[object, ...], Counter] = {}
 
     def decided(
@@ -69,6 +72,10 @@ class Metrics:
         self.spend.decided(router, decision, tier)
         for reason in decision.excluded.values():
             self._inc(self._excluded, kind(reason))
+
+    def degraded(self, why: str) -> None:
+        """Counts a decision that the router's twin makes."""
+        self._inc(self._degraded, why)
 
     def refused(self, excluded: dict[str, str]) -> None:
         """Counts the exclusions of a request that no model may serve."""
@@ -155,6 +162,9 @@ class _State:
         for (of, name), state in self.health.states().items():
             circuits.add_metric([name, of], {"open": 1.0, "half-open": 0.5, "closed": 0.0}[state])
         yield circuits
+        if now.embedding is not None:
+            waiting = now.embedding.embedder.waiting
+            yield GaugeMetricFamily("router_embedding_queue", "Texts that wait to be embedded.", waiting)
         yield GaugeMetricFamily("router_store_queue", "Rows that wait for their commit.", self.store.pending)
         counted = self.store.counters
         yield CounterMetricFamily("router_store_decisions", "Decisions committed.", counted.decisions)

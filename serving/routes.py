@@ -136,6 +136,8 @@ def answer_headers(request: Request) -> dict[str, str] | None:
     headers = {"x-router-decision-id": decision.decision_id}
     if decision.model.isascii() and decision.model.isprintable():
         headers["x-router-model"] = decision.model
+    if decision.degraded:
+        headers["x-router-degraded"] = "true"
     return headers
 
 

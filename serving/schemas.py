@@ -165,6 +165,7 @@ class RouteAnswer(TypedDict):
     """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added.
 
     `incumbent` is the model that the session was with, and `stayed` whether it was chosen, where there is one.
+    `degraded` says that the bundle's static twin made the estimates, since its transformer was late or failed.
     """
 
     schema_version: int
@@ -190,6 +191,7 @@ class RouteAnswer(TypedDict):
     policy_version: str
     incumbent: NotRequired[str]
     stayed: NotRequired[bool]
+    degraded: bool
     explanation: NotRequired[ExplanationAnswer]
 
 

@@ -14,6 +14,7 @@ from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
+from serving.embedding import Stand
 from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
@@ -62,11 +63,12 @@ class Service:
 
     def degraded(self) -> list[str]:
         """The parts that do not work while routing goes on."""
-        shared = self.shared
+        shared, embedding = self.shared, self.live.live.embedding
         wanted, served = (shared.policy or Policy()).version, self.live.live.router.policy.version
         stale = shared.policy_error is not None or wanted != served
         states = {
             "bundle": self.live.last_error is not None,
+            "encoder": embedding is not None and not embedding.embedder.alive,
             "shared": not shared.current,
             "policy": stale and self.settings.policy is None,
         }
@@ -82,21 +84,36 @@ class Service:
         return known
 
     def decide(
-        self, live: Live, asked: RouteRequest, headers: Mapping[str, str], session: Session | None = None
+        self,
+        live: Live,
+        asked: RouteRequest,
+        headers: Mapping[str, str],
+        session: Session | None = None,
+        stand: Stand | None = None,
+        started: float | None = None,
     ) -> tuple[RouteDecision, Estimate]:
-        """Decides, counts and traces; `headers` are the request's. Raises what `Router.decide` does."""
+        """Decides, counts and traces; `headers` are the request's. Raises what `Router.decide` does.
+
+        `stand` estimates where the request was embedded, or should have been; that began when the clock said `started`.
+        """
         began = 0 if self.tracing is None else time.time_ns()
         clock = time.perf_counter
-        marks = [clock()]
+        marks = [clock() if started is None else started]
         try:
             decision, estimate = live.router.decide_with_estimate(
-                asked, self.health.down(live.providers), session, lambda: marks.append(clock())
+                asked,
+                self.health.down(live.providers),
+                session,
+                estimator=None if stand is None else stand.estimator,
+                estimated=lambda: marks.append(clock()),
             )
         except NoEligibleModelError as error:
             self.metrics.refused(error.excluded)
             if self.tracing is not None:
                 self.tracing.refused(headers, error, began)
             raise
+        if stand is not None and stand.late is not None:
+            self.metrics.degraded(stand.late)
         started, estimated = marks
         self.metrics.decided(asked, decision, live.router, estimated - started, clock() - estimated)
         if self.tracing is not None:
@@ -198,6 +215,7 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "reason": decision.reason,
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
+        "degraded": decision.degraded,
     }
     if decision.incumbent is not None and decision.stayed is not None:
         answer["incumbent"], answer["stayed"] = decision.incumbent, decision.stayed

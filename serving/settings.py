@@ -34,10 +34,11 @@ class Settings:
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
     and the port closes `drain_seconds` later. With more than `max_waiting` requests that have come and not begun, the
     one that has waited longest is answered 503 with Retry-After, so that the others are answered in time.
-    Metrics compare what decisions cost with `baseline_model` (None: the
-    model with the highest rate of acceptable answers in the training log). `log_format` is that of the log's lines.
-    Spans go to the OTLP collector at `otlp_endpoint`, such as "http://127.0.0.1:4318" (None: where
-    OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set).
+    `embed_deadline_ms` is how long a request waits for its embedding where the bundle has a transformer; past it the
+    bundle's static twin answers.
+    Metrics compare what decisions cost with `baseline_model` (None: the model with the highest rate of acceptable
+    answers in the training log). `log_format` is that of the log's lines. Spans go to the OTLP collector at
+    `otlp_endpoint`, such as "http://127.0.0.1:4318" (None: where OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set).
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     baseline_model: str | None = None
     log_format: Literal["text", "json"] = "text"
     otlp_endpoint: str | None = None
+    embed_deadline_ms: float = 150.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -77,6 +79,8 @@ class Settings:
             raise InputError("spool_bytes has to be at least a mebibyte, 1048576")
         if min(self.session_seconds, self.max_sessions, self.session_lookup_seconds) < 0:
             raise InputError("session_seconds, max_sessions and session_lookup_seconds have to be 0 or more")
+        if not 0 < self.embed_deadline_ms <= 60_000:
+            raise InputError("embed_deadline_ms has to be more than 0 and at most 60000")
         if self.store_prompts not in STORE_PROMPTS:
             raise InputError(f"store_prompts has to be one of {', '.join(STORE_PROMPTS)}")
         if self.log_format not in LOG_FORMATS:

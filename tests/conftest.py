@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from router_ml.catalog import Catalog
+    from training.train import Training
 
 SKIPS = Path(__file__).with_name("skips.txt")
 
@@ -239,6 +240,23 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
     manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
     save_router(out, learned.estimator, manifest, newest(data.ids, learned.embeddings, data.quality))
     return out
+
+
+@pytest.fixture(scope="session")
+def transformer_training(
+    tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Training, Path]:
+    """A training on half of the tiny log with the transformer, and the bundle it wrote, which holds a twin."""
+    from training.train import train
+
+    out = tmp_path_factory.mktemp("transformer") / "bundle"
+    return train(tiny_log.head(4 * 120), catalog, out=out, encoder="transformer", holdout=0.0), out
+
+
+@pytest.fixture(scope="session")
+def transformer_bundle(transformer_training: tuple[Training, Path]) -> Path:
+    """A bundle with a transformer and its twin. It is shared: copy it before you change it."""
+    return transformer_training[1]
 
 
 @pytest.fixture(scope="session")

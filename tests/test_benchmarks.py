@@ -271,3 +271,14 @@ def test_a_session_that_is_routed_costs_less_than_its_turns_alone_and_is_better_
         assert ours["with escalation"] < alone["with escalation"] and ours["acceptable"] > alone["acceptable"], kind
         assert ours["cost"] < 1.03 * alone["cost"] and ours["moves"] < 0.6 * alone["moves"], kind
         assert ours["short"] < 0.03 < 0.05 < sticky["short"] and sticky["moves"] == 0, kind
+
+
+def test_the_service_over_http(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "service.json"
+    options = ("--data", data_dir, "--bundle", tiny_bundle, "--connections", "2", "--seconds", "0.5", "--json", out)
+    done = benchmark("service", *options)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())["runs"]
+    assert found["connections"] == 2 and found["answers"] > 20 and found["degraded"] == 0.0
+    assert 0.0 < found["route_ms"]["p50"] <= found["route_ms"]["p99"] <= found["route_ms"]["max"] < 5_000
+    assert 0.0 < found["healthz_ms"]["p50"] < 1_000

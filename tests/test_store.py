@@ -136,6 +136,7 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "incumbent": "mid",
         "stayed": False,
         "cached_tokens": 2048.5,
+        "degraded": False,
     }
     assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
     assert math.isnan(decision_of_row(row).candidates[1].p_ok)

@@ -10,9 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from features.encoder import Encoder
 from features.featurizer import CandidateFeaturizer
-from features.load import TRANSFORMER, load_estimator, load_router, save_router
+from features.load import TRANSFORMER, load_estimator, load_router
 from features.text import words
 from features.transformer import MAX_TOKENS, Bert, TransformerEncoder, one_torch_thread
 from router_ml.bundle import read_bundle
@@ -22,7 +21,8 @@ from router_ml.errors import BundleError, InputError
 from router_ml.quality import LearnedEstimator
 from training.dataset import Dataset, build_dataset
 from training.encoders import MINILM_SHA256, find_minilm, make_encoder, transformer_encoder
-from training.fit import Fit, fit
+from training.fit import Fit
+from training.train import Training
 
 TEXTS = [
     "Where is my parcel?",
@@ -44,15 +44,13 @@ def data(tiny_log: pl.DataFrame, catalog: Catalog) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def fitted(data: Dataset, encoder: Encoder) -> Fit:
-    return fit(data, encoder=encoder)
+def fitted(transformer_training: tuple[Training, Path]) -> Fit:
+    return transformer_training[0].fit
 
 
 @pytest.fixture(scope="module")
-def bundle(fitted: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("transformer") / "bundle"
-    save_router(out, fitted.estimator, {"quality_threshold": 0.5})
-    return out
+def bundle(transformer_bundle: Path) -> Path:
+    return transformer_bundle
 
 
 def test_the_vectors_are_those_of_sentence_transformers(encoder: TransformerEncoder) -> None:

@@ -19,9 +19,9 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from features.featurizer import CandidateFeaturizer, RequestFeatures
-from features.load import NEIGHBOURS, load_estimator, save_router
-from features.neighbours import from_bytes
-from router_ml.bundle import check_replaceable, read_bundle
+from features.load import NEIGHBOURS, TWIN, Learned, load_estimator, load_twin, save_router
+from features.neighbours import Neighbours, from_bytes
+from router_ml.bundle import Bundle, check_replaceable, read_bundle
 from router_ml.catalog import Catalog
 from router_ml.costs import Reliability
 from router_ml.errors import InputError
@@ -91,12 +91,21 @@ def onboard_bundle(
     manifest |= {"onboarded": [*manifest.get("onboarded", []), entry]}
     if calls is not None:
         manifest["reliability"] = calls.to_json()
-    past = from_bytes(made.file(NEIGHBOURS), NEIGHBOURS) if NEIGHBOURS in made.files else None
-    if past is not None:  # the past requests did not go to the new model
-        unknown = np.full((len(past.ids), 1), np.nan, dtype=np.float32)
-        past = replace(past, outcomes=np.concatenate([past.outcomes, unknown], axis=1))
-    version = save_router(out, estimator, manifest, past)
+    twin = load_twin(made)
+    if twin is not None:
+        twin = _onboard(twin, card, outcomes)[0]
+    stand_in = None if twin is None else Learned(twin, _past(made, TWIN + NEIGHBOURS))
+    version = save_router(out, estimator, manifest, _past(made, NEIGHBOURS), stand_in)
     return Onboarding(version, known, card.sibling, dict(zip(catalog.ids, mix.tolist(), strict=True)), shift)
+
+
+def _past(bundle: Bundle, name: str) -> Neighbours | None:
+    """The bundle's past requests, none of which went to the new model."""
+    if name not in bundle.files:
+        return None
+    past = from_bytes(bundle.file(name), name)
+    unknown = np.full((len(past.ids), 1), np.nan, dtype=np.float32)
+    return replace(past, outcomes=np.concatenate([past.outcomes, unknown], axis=1))
 
 
 def outcomes_of(log: pl.DataFrame, card: ModelCard) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from features.load import save_router
+from features.load import Learned, save_router
 from features.neighbours import newest as newest_neighbours
 from features.text import request_text
 from router_ml.bundle import check_replaceable
@@ -59,8 +59,10 @@ def train(
     """Trains on a log's older requests, judges on its newest `holdout` share, and writes the bundle to `out`.
 
     The same log, options and machine give the same bytes. The bundle holds the model that was judged: the held-out
-    requests do not enter it. With `holdout` 0 every request is trained on and the metrics are out of fold. The newest
-    training requests are kept for explanations, with the beginnings of their texts only if `keep_prompts`.
+    requests do not enter it. With the encoder "transformer" it also holds a twin: the static learner, trained on the
+    same requests and judged on the same, for whoever cannot wait. With `holdout` 0 every request is trained on and
+    the metrics are out of fold. The newest training requests are kept for explanations, with the beginnings of their
+    texts only if `keep_prompts`.
     Raises InputError when an option or the log is not fit for it.
     """
     if not 0.0 <= holdout < 1.0:
@@ -81,22 +83,23 @@ def train(
     train_data = data.take(older)
     made = fit(train_data, threshold=thresholds, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report)
     held_out = data.take(newest)
-    judged = made.out_of_fold, train_data.labels(default)
+    measured, judged, front = _judged(made, train_data, held_out, default)
     metrics: dict[str, Any] = {
         "train_requests": len(older),
         "train_outcomes": int(data.observed[older].sum()),
         "held_out_requests": len(newest),
-        "rounds": made.rounds,
-        "out_of_fold": scores(*judged),
+        **measured,
     }
-    front = None
-    if len(newest):
-        estimates = made.estimator.estimate_many(held_out.requests)
-        judged = np.stack([e.p_ok for e in estimates]), held_out.labels(default)
-        metrics["held_out"] = scores(*judged)
-        front = _frontier(held_out, estimates)
-        if front is not None:
-            metrics["held_out"]["cost_at"] = cost_at(front)
+    texts = [request_text(request) for request in train_data.requests] if keep_prompts else None
+
+    def learned(of: Fit) -> Learned:
+        return Learned(of.estimator, newest_neighbours(train_data.ids, of.embeddings, train_data.quality, texts))
+
+    twin = None
+    if encoder == "transformer":
+        stand_in = fit(train_data, threshold=thresholds, encoder_model=encoder_model, seed=seed, report=report)
+        twin = learned(stand_in)
+        metrics["twin"] = _judged(stand_in, train_data, held_out, default)[0]
     params: dict[str, Any] = {
         "quality_threshold": default,
         **({"quality_thresholds": thresholds} if len(thresholds) > 1 else {}),
@@ -106,16 +109,27 @@ def train(
         "keep_prompts": keep_prompts,
     }
     sha = log_sha256(frame)
-    neighbours = newest_neighbours(
-        train_data.ids,
-        made.embeddings,
-        train_data.quality,
-        [request_text(request) for request in train_data.requests] if keep_prompts else None,
-    )
     calls = reliability(_before(frame, held_out), catalog).to_json()
     manifest = {**params, "metrics": metrics, "log_sha256": sha, "reliability": calls}
-    version = save_router(out, made.estimator, manifest, neighbours)
+    version = save_router(out, made.estimator, manifest, learned(made).neighbours, twin)
     return Training(made, version, params, metrics, held_out, judged, front)
+
+
+def _judged(
+    made: Fit, train_data: Dataset, held_out: Dataset, threshold: float
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray], Frontier | None]:
+    """The metrics of what was fitted, and what `Training` keeps of the requests that it was judged on."""
+    judged = made.out_of_fold, train_data.labels(threshold)
+    metrics: dict[str, Any] = {"rounds": made.rounds, "out_of_fold": scores(*judged)}
+    if not len(held_out):
+        return metrics, judged, None
+    estimates = made.estimator.estimate_many(held_out.requests)
+    judged = np.stack([e.p_ok for e in estimates]), held_out.labels(threshold)
+    metrics["held_out"] = scores(*judged)
+    front = _frontier(held_out, estimates)
+    if front is not None:
+        metrics["held_out"]["cost_at"] = cost_at(front)
+    return metrics, judged, front
 
 
 def _before(log: pl.DataFrame, held_out: Dataset) -> pl.DataFrame:
