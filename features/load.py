@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from features import golden
 from features.encoder import Encoder, StaticEncoder
 from features.featurizer import CandidateFeaturizer, RequestFeaturizer
 from features.lexicon import Lexicon
@@ -26,7 +27,7 @@ from router_ml.router import Router
 from router_ml.trees import Trees
 
 BOOSTER, ENCODER, TOKENS, OUTCOMES = "booster.txt", "encoder.npz", "tokens.json", "outcomes.npz"
-NEIGHBOURS = "neighbours.npz"
+NEIGHBOURS, GOLDEN = "neighbours.npz", "golden.json"
 TRANSFORMER, TRANSFORMER_CONFIG = "transformer.safetensors", "transformer.json"
 TWIN = "twin-"
 """What the names of the twin's files begin with: the learner that answers where the transformer is late."""
@@ -84,6 +85,7 @@ def _written(learned: Learned) -> tuple[dict[str, bytes], dict[str, Any]]:
                 "success": featurizer.success,
             }
         ),
+        GOLDEN: golden.to_bytes(estimator),
     }
     if learned.neighbours is not None:
         files[NEIGHBOURS] = to_bytes(learned.neighbours)
@@ -145,13 +147,17 @@ def _estimator(bundle: Bundle, described: Mapping[str, Any], prefix: str, to_ser
 def load_router(path: str | Path, policy: Policy | None = None) -> Router:
     """A ready router from a bundle directory, under `policy` or the default one.
 
-    Raises BundleError that names the file at fault, InputError when the policy names a model or a quality threshold
-    that is not in the bundle.
+    The bundle's golden rows are checked. Raises BundleError that names the file at fault, InputError when the policy
+    names a model or a quality threshold that is not in the bundle.
     """
     bundle = read_bundle(path, leave=(NEIGHBOURS, TWIN + NEIGHBOURS))
     estimator, twin = load_estimator(bundle, to_serve=True), load_twin(bundle)
     if twin is not None and twin.thresholds != estimator.thresholds:
         raise BundleError(f"{MANIFEST}: the bundle's twin was trained for other quality thresholds: train again")
+    for learner, prefix in ((estimator, ""), (twin, TWIN)):
+        if learner is not None and prefix + GOLDEN in bundle.files:  # bundles made before there were any have none
+            name = prefix + GOLDEN
+            golden.check(learner, bundle.file(name), f"{name} of bundle {bundle.version}")
     router = Router(
         bundle.catalog,
         estimator,

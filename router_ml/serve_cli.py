@@ -18,10 +18,12 @@ log = logging.getLogger(__name__)
 
 @click.command()
 @click.option("--bundle", type=PathArg, help="A bundle directory.")
-@click.option("--model", help="A registered router instead, as NAME@ALIAS.")
+@click.option("--model", help="A registered router instead, as NAME@ALIAS; the alias is followed.")
 @click.option(
-    "--cache", type=PathArg, default=Path("serving-bundle"), show_default=True, help="Where --model is copied to."
-)
+    "--cache", type=PathArg, default=Path("serving-bundle"), show_default=True,
+    help="Where versions of --model are kept: the last good one serves while the registry is away.",
+)  # fmt: skip
+@click.option("--poll-seconds", default=10.0, show_default=True, help="How often the registry is asked for --model.")
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option(
     "--store", default="router-ml.db", show_default=True, envvar="ROUTER_ML_STORE",
@@ -58,9 +60,10 @@ log = logging.getLogger(__name__)
 )
 @TRACKING
 def serve(
-    bundle: Path | None, model: str | None, cache: Path, policy: Path | None, store: str, spool: Path | None,
-    store_prompts: str, host: str, port: int, api_keys: Path | None, session_seconds: float, embed_deadline_ms: float,
-    drain_seconds: float, baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
+    bundle: Path | None, model: str | None, cache: Path, poll_seconds: float, policy: Path | None, store: str,
+    spool: Path | None, store_prompts: str, host: str, port: int, api_keys: Path | None, session_seconds: float,
+    embed_deadline_ms: float, drain_seconds: float, baseline_model: str | None, log_format: str,
+    otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -72,17 +75,10 @@ def serve(
     if (bundle is None) == (model is None):
         raise click.UsageError("give either --bundle DIRECTORY or --model NAME@ALIAS")
     log_lines.configure(log_format)  # type: ignore[arg-type]
-    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # it would write lines of its own format
     try:
-        if model is not None:
-            from router_ml import registry
-
-            name, _, alias = model.partition("@")
-            version = registry.resolve(tracking_uri, name, alias or registry.CHAMPION)
-            bundle = registry.download(tracking_uri, name, version.version, cache)
-        assert bundle is not None
         settings = Settings(
-            bundle=bundle, policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
+            bundle=bundle, model=model, tracking_uri=tracking_uri, cache=cache, poll_seconds=poll_seconds,
+            policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
             host=host, port=port, session_seconds=session_seconds, embed_deadline_ms=embed_deadline_ms,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
             drain_seconds=drain_seconds, baseline_model=baseline_model,

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
 from router_ml.store import Store, default_spool
 from serving import endpoints, problems
+from serving.follower import Follower
 from serving.health import Health
 from serving.keys import ApiKeys
 from serving.live import LiveRouter
@@ -40,12 +42,18 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings) -> Front:
     """The service as an ASGI app, its bundle loaded and its store open.
 
-    Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used.
+    Raises BundleError that names the file at fault, InputError for a policy or a store that cannot be used, and
+    RegistryError where neither a registry nor its cache has a version to serve.
     """
     health = Health(settings.health)
     spool = settings.spool or default_spool(settings.store)
     shared = Shared(settings.store, health, spool.with_name(f"{spool.name}.policy.json"))
-    live = LiveRouter(settings.bundle, settings.policy, lambda: shared.policy)
+
+    def load(bundle: Path) -> LiveRouter:
+        return LiveRouter(bundle, settings.policy, lambda: shared.policy)
+
+    follower = None if settings.followed is None else Follower(settings.followed)
+    live = load(settings.folder) if follower is None else follower.boot(load)
     store = Store(
         settings.store, interval=settings.commit_seconds, spool=settings.spool, spool_bytes=settings.spool_bytes,
         drain=settings.drain, patient=True,
@@ -57,9 +65,11 @@ def create_app(settings: Settings) -> Front:
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
+    if follower is not None:
+        metrics.registry.register(follower)
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
-        tracing=_tracing(settings),
+        follower=follower, tracing=_tracing(settings),
     )  # fmt: skip
     shared.heard = service.heard
 
@@ -68,12 +78,16 @@ def create_app(settings: Settings) -> Front:
         store.start()
         shared.start()
         live.changed = service.note
-        service.note(live.live, "the start")
+        service.note(live.live, "the start" if follower is None else f"the start, {follower.who}")
+        if follower is not None:
+            follower.start(live)
         watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
         yield
         service.draining = True
         if watcher is not None:
             watcher.cancel()
+        if follower is not None:
+            await asyncio.to_thread(follower.close)
         stored.close()
         if live.live.embedding is not None:
             live.live.embedding.embedder.close()

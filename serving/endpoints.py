@@ -233,10 +233,13 @@ async def metrics(request: Request) -> Response:
 
 @api.post("/admin/reload", summary="Load bundle and policy again now", openapi_extra=_ADMIN)
 async def reload(request: Request) -> VersionsAnswer:
-    """What is served then. A bundle or policy that cannot be used is an error, and what was served before still is."""
+    """What is served then; a registry that is followed is asked first.
+
+    A registry, bundle or policy that cannot be used is an error, and what was served before still is.
+    """
     service, caller = request.app.state.service, request.scope["caller"]
     who = "anyone" if caller is None else caller.name
-    router = (await asyncio.to_thread(service.live.reload, None, who)).router
+    router = (await service.reload(who)).router
     return {"model_version": router.model_version, "policy_version": router.policy.version}
 
 

@@ -97,20 +97,22 @@ class LiveRouter:
     def reload(self, bundle: Path | None = None, who: str = "the files") -> Live:
         """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in for `who`.
 
-        Blocks for as long as loading takes: call it off the event loop. When it raises BundleError or InputError, the
-        router that was served before still is.
+        A `bundle` that could be loaded is followed from then on. Blocks for as long as loading takes: call it off the
+        event loop. When it raises BundleError or InputError, the router that was served before still is.
         """
         with self._lock:
-            self._seen = self._signature() if bundle is None else self._seen
+            seen = self._signature(bundle)
+            self._seen = seen if bundle is None else self._seen
             try:
                 live = self._load(bundle or self.bundle)
             except RouterError as error:
                 self.failures += 1
-                self.last_error = str(error)
-                self._retry_at = time.monotonic() + RETRY_SECONDS
+                if bundle is None:
+                    self.last_error = str(error)
+                    self._retry_at = time.monotonic() + RETRY_SECONDS
                 log.error("kept bundle %s: %s", self.live.router.model_version, error)
                 raise
-            self.live = live
+            self.bundle, self._seen, self.live = bundle or self.bundle, seen, live
             self.changed(live, who)
             self.reloads += 1
             self.last_error = None
@@ -163,10 +165,10 @@ class LiveRouter:
             raise BundleError(f"{bundle} cannot be loaded ({type(error).__name__}: {error}): train it again") from error
         return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog}, embedding)
 
-    def _signature(self) -> Signature | None:
+    def _signature(self, bundle: Path | None = None) -> Signature | None:
         """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
         try:
-            files = [*sorted(self.bundle.resolve().iterdir()), *([self.policy] if self.policy else [])]
+            files = [*sorted((bundle or self.bundle).resolve().iterdir()), *([self.policy] if self.policy else [])]
             stats = [(str(path), path.stat()) for path in files]
         except OSError:
             return None

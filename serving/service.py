@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import OrderedDict
@@ -9,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from router_ml.errors import NoEligibleModelError
+from router_ml.errors import NoEligibleModelError, RegistryError
 from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
 from serving.embedding import Stand
+from serving.follower import Follower
 from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from serving.tracing import Tracing
 
 _ROUTED = 50_000
+REGISTRY_SECONDS = 60.0  # that a caller waits for what the registry says
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Service:
     """
     tracing: Tracing | None = None
     """None unless it is configured."""
+    follower: Follower | None = None
+    """What follows a registry's alias, where one is followed."""
     draining: bool = False
 
     def note(self, live: Live, who: str) -> None:
@@ -68,6 +73,7 @@ class Service:
         stale = shared.policy_error is not None or wanted != served
         states = {
             "bundle": self.live.last_error is not None,
+            "registry": self.follower is not None and self.follower.last_error is not None,
             "encoder": embedding is not None and not embedding.embedder.alive,
             "shared": not shared.current,
             "policy": stale and self.settings.policy is None,
@@ -82,6 +88,22 @@ class Service:
         if asked.previous_model is None and is_behind(asked, known):
             return await self.stored_sessions.get(asked, known)
         return known
+
+    async def reload(self, who: str) -> Live:
+        """Loads bundle and policy again now for `who`; what a registry's alias points to, where one is followed.
+
+        Raises BundleError, InputError or RegistryError; what was served before then still is.
+        """
+        if self.follower is not None:
+            waited = asyncio.wait_for(asyncio.wrap_future(self.follower.ask()), REGISTRY_SECONDS)
+            try:
+                if await waited:  # the policy was read with it
+                    return self.live.live
+            except TimeoutError:
+                raise RegistryError(
+                    f"the registry has not answered for {REGISTRY_SECONDS:g} s: it is asked on, see /readyz"
+                ) from None
+        return await asyncio.to_thread(self.live.reload, None, who)
 
     def decide(
         self,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from router_ml.errors import InputError
+from router_ml.follow import Followed
+from router_ml.registry import CHAMPION
 from serving.health import HealthSettings
 from serving.keys import KEYS_VARIABLE, ApiKey
 
@@ -21,12 +23,15 @@ class Settings:
     """The service's settings.
 
     `bundle` is a bundle's directory or a link to one, `policy` a TOML file (None: the default policy); both are
-    followed while the service runs, looked at every `watch_seconds` (0: never). `store` is an SQLAlchemy URL or the
-    path of an SQLite file. Decisions go to the folder `spool` first (default: beside an SQLite file, otherwise
-    `router-ml.spool`), of at most `spool_bytes`, where a power cut loses those of `commit_seconds`; from there a
-    process of its own (`drain`; "thread" does without) takes them to the store within as much again. `store_prompts`
-    says what is kept of a request: "none", "features" (what the learner saw: its embedding and statistics, which
-    explain the decision later and are enough to train again), or "text" beside these.
+    followed while the service runs, looked at every `watch_seconds` (0: never). Instead of `bundle`, `model` names a
+    registered router as NAME@ALIAS: of the registry at `tracking_uri`, which is asked about every `poll_seconds` where
+    the alias points to; the last versions are kept in the folder `cache`, and the last good one is served from there
+    when the registry is away.
+    `store` is an SQLAlchemy URL or the path of an SQLite file. Decisions go to the folder `spool` first (default:
+    beside an SQLite file, otherwise `router-ml.spool`), of at most `spool_bytes`, where a power cut loses those of
+    `commit_seconds`; from there a process of its own (`drain`; "thread" does without) takes them to the store within as
+    much again. `store_prompts` says what is kept of a request: "none", "features" (what the learner saw: its embedding
+    and statistics, which explain the decision later and are enough to train again), or "text" beside these.
     A session is remembered for `session_seconds` after its latest decision, the latest `max_sessions` at most (0: none
     are); one that other processes have served is looked up in the store, for which a request waits
     `session_lookup_seconds` at most (0: never).
@@ -42,7 +47,11 @@ class Settings:
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
-    bundle: Path
+    bundle: Path | None = None
+    model: str | None = None
+    tracking_uri: str = field(default="sqlite:///mlflow.db", repr=False)
+    cache: Path = Path("serving-bundle")
+    poll_seconds: float = 10.0
     policy: Path | None = None
     store: str = "router-ml.db"
     store_prompts: Literal["none", "features", "text"] = "features"
@@ -66,7 +75,33 @@ class Settings:
     otlp_endpoint: str | None = None
     embed_deadline_ms: float = 150.0
 
+    @property
+    def folder(self) -> Path:
+        """The bundle's directory."""
+        assert self.bundle is not None
+        return self.bundle
+
+    @property
+    def followed(self) -> Followed | None:
+        """What is followed of a registry; None where a directory is served."""
+        if self.model is None:
+            return None
+        name, _, alias = self.model.partition("@")
+        return Followed(
+            uri=self.tracking_uri,
+            name=name,
+            alias=alias or CHAMPION,
+            cache=self.cache,
+            poll_seconds=self.poll_seconds,
+        )
+
     def __post_init__(self) -> None:
+        if (self.bundle is None) == (self.model is None):
+            raise InputError("give either a bundle's directory or a model, NAME@ALIAS")
+        if self.model is not None and not self.model.partition("@")[0]:
+            raise InputError(f"model {self.model!r} has no name: give it as NAME@ALIAS")
+        if self.poll_seconds < 0.05:
+            raise InputError(f"poll_seconds {self.poll_seconds} has to be at least 0.05")
         if not 0 <= self.port <= 65535:
             raise InputError(f"port {self.port} has to lie in 0..65535")
         if self.max_body_bytes < 1024:
