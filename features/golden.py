@@ -15,7 +15,7 @@ from router_ml.errors import BundleError
 from router_ml.quality import LearnedEstimator
 from router_ml.types import FloatArray, Message, RouteRequest
 
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 """Largest difference of a probability that two machines may have. Sums in another order differ by some 1e-6, which may
 send a row to another leaf of a tree, and one tree weighs less than this; another encoder is off by 0.1 and more."""
 CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (

@@ -36,9 +36,11 @@ KEEP = 3  # versions on disk, the served one among them: a rollback need not dow
 MOST_DOUBLINGS = 4  # of the time between looks, while the registry fails
 BAD_SECONDS = 900.0  # the longest pause before a version that cannot be used is tried again
 DOWNLOAD_SECONDS = 900.0
+IMPORT_SECONDS = 60.0  # MLflow's import on a busy machine
 _INCOMING = "incoming"
 _LITTER_SECONDS = 3600.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# MLflow makes a list of texts of what its threads run into.
+_NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,14 @@ class Report:
     """One line of the follower's.
 
     "looking" and "downloading" say that it is at work and may take `next_s` seconds, besides what any answer takes.
-    "ready" says that the alias points to `version`, whose files are in the cache and verified; "failed" why there is
-    none, and whether it was `tried` or is only said again. After these the next report comes within `next_s`. `asked`
-    is the latest request that this answers.
+    "ready" says that the alias points to `version`, whose files are in the cache and verified and are the bundle of
+    version `bundle`; "failed" why there is none, and whether it was `tried` or is only said again. After these the next
+    report comes within `next_s`. `asked` is the latest request that this answers.
     """
 
     event: Literal["looking", "downloading", "ready", "failed"]
     version: str | None = None
+    bundle: str | None = None
     error: str | None = None
     tried: bool = True
     next_s: float = 0.0
@@ -99,20 +102,21 @@ class Backoff:
 def follow(followed: Followed, asked: queue.Queue[dict[str, Any]], say: Callable[[Report], None]) -> None:
     """Looks and reports for ever."""
     bad, failures, number = Backoff(followed.poll_seconds), 0, 0
-    verified: str | None = None
+    verified: tuple[str, str] | None = None  # the version, and its bundle's
     command: dict[str, Any] = {}
+    allowed = IMPORT_SECONDS
     while True:
         number = command.get("asked", number)
         verified = None if "check" in command else verified
-        say(Report(event="looking"))
-        version = None
+        say(Report(event="looking", next_s=allowed))
+        version, allowed = None, 0.0
         try:
-            version = _resolve(followed)
+            version, stated = _resolve(followed)
             failures = 0
             reason = None if "asked" in command else bad.error(version)  # who asks is not put off
             tried = reason is None
             if reason is None:
-                verified = _have(followed, version, verified, say)
+                verified = _have(followed, version, stated, verified, say)
                 bad.succeeded(version)
         except Exception as error:  # noqa: BLE001 (whatever MLflow makes of a registry's answer must not end this)
             reason, tried = _said(error, followed), True
@@ -122,7 +126,8 @@ def follow(followed: Followed, asked: queue.Queue[dict[str, Any]], say: Callable
                 bad.failed(version, reason)
         pause = followed.poll_seconds * 2.0 ** min(failures, MOST_DOUBLINGS) * random.uniform(0.9, 1.1)
         event: Literal["ready", "failed"] = "ready" if reason is None else "failed"
-        say(Report(event=event, version=version, error=reason, tried=tried, next_s=pause, asked=number))
+        bundle = verified[1] if reason is None and verified else None
+        say(Report(event=event, version=version, bundle=bundle, error=reason, tried=tried, next_s=pause, asked=number))
         command = _wait(asked, pause)
 
 
@@ -138,30 +143,44 @@ def _wait(asked: queue.Queue[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return {key: value for command in found for key, value in command.items()}
 
 
-def _resolve(followed: Followed) -> str:
-    version = registry.resolve(followed.uri, followed.name, followed.alias).version
+def _resolve(followed: Followed) -> tuple[str, str | None]:
+    """The version that the alias points to, and of which bundle it says it is."""
+    found = registry.resolve(followed.uri, followed.name, followed.alias)
+    version = found.version
     if not (version.isascii() and version.isdecimal()):  # it becomes a folder's name
         raise RegistryError(f"the registry calls a version of {followed.name!r} {version[:40]!r}, which is no number")
-    return version
+    return version, found.tags.get("bundle_version")
 
 
-def _have(followed: Followed, version: str, verified: str | None, say: Callable[[Report], None]) -> str:
-    """Sees to it that the version is in the cache, whole; returns it. Raises RegistryError, BundleError or OSError."""
+def _have(
+    followed: Followed,
+    version: str,
+    stated: str | None,
+    verified: tuple[str, str] | None,
+    say: Callable[[Report], None],
+) -> tuple[str, str]:
+    """Sees to it that the version is in the cache, whole; returns it and its bundle's version.
+
+    A registry that was made anew has other bundles under the same numbers: what is there has to be the `stated` one.
+    Raises RegistryError, BundleError or OSError.
+    """
     to = followed.cache / VERSIONS / version
-    if version == verified and to.is_dir():
-        return version
+    if verified is not None and version == verified[0] and stated in (None, verified[1]) and to.is_dir():
+        return verified
     try:
-        read_bundle(to)
+        bundle: str | None = read_bundle(to).version
     except BundleError:
+        bundle = None
+    if bundle is None or stated not in (None, bundle):
         say(Report(event="downloading", version=version, next_s=DOWNLOAD_SECONDS))
-        _download(followed, version, to)
+        bundle = _download(followed, version, stated, to)
     with contextlib.suppress(OSError):
         os.utime(to)
         _prune(followed.cache, version)
-    return version
+    return version, bundle
 
 
-def _download(followed: Followed, version: str, to: Path) -> None:
+def _download(followed: Followed, version: str, stated: str | None, to: Path) -> str:
     incoming = followed.cache / _INCOMING
     incoming.mkdir(parents=True, exist_ok=True)
     for left in incoming.iterdir():  # by one that was killed
@@ -171,7 +190,9 @@ def _download(followed: Followed, version: str, to: Path) -> None:
     try:
         new = registry.download(followed.uri, followed.name, version, aside / version)
         try:
-            read_bundle(new)
+            bundle = read_bundle(new).version
+            if stated not in (None, bundle):
+                raise BundleError(f"it holds bundle {bundle}, and its tag 'bundle_version' says {stated}")
         except BundleError as error:
             raise BundleError(
                 f"version {version} of {followed.name!r} in the registry cannot be used: {error}"
@@ -181,6 +202,7 @@ def _download(followed: Followed, version: str, to: Path) -> None:
                 os.fsync(handle.fileno())
         to.parent.mkdir(exist_ok=True)
         swap(new, to, aside / "old")
+        return bundle
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -196,7 +218,7 @@ def _prune(cache: Path, version: str) -> None:
 
 def _said(error: Exception, followed: Followed) -> str:
     """What went wrong, without the credentials that a registry's address may hold."""
-    if any(getattr(e, "errno", None) in _NO_ROOM or "No space left" in str(e) for e in _chain(error)):
+    if any(text in str(e) for e in _chain(error) for text in _NO_ROOM):
         text = f"{followed.cache} has no room for a new version: make room on its disk, or give another --cache"
     elif isinstance(error, RouterError):
         text = str(error)

@@ -181,7 +181,7 @@ class Follower:
         if report.event == "failed" or version is None:
             error = RegistryError(report.error or "the registry holds no version")
             self._failed(str(error), counts=report.tried)
-        elif version != self.version:
+        elif (version, report.bundle) != (self.version, live.live.router.model_version):
             asks = any(number <= report.asked for number in self._waiting)
             put_off = None if asks else self._bad.error(version)
             if put_off is None:

@@ -52,7 +52,7 @@ def faulty(*script: Answer) -> Iterator[Faulty]:
             state.connections += 1
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
             state.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
             answer = state.script.pop(0) if len(state.script) > 1 else state.script[0]
             ends.wait(answer.after_s)
@@ -74,6 +74,8 @@ def faulty(*script: Answer) -> Iterator[Faulty]:
                 if answer.cut is not None:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True
+
+        do_GET = do_POST  # noqa: N815 (the base class names it)
 
         def log_message(self, *_args: Any) -> None:
             pass

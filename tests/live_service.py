@@ -46,7 +46,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(bundle: Path, store: Path | str, **settings: Any) -> Iterator[Running]:
+def running(bundle: Path | None, store: Path | str, **settings: Any) -> Iterator[Running]:
     """Serves the bundle on a free port of 127.0.0.1, in a thread of this process."""
     app = create_app(Settings(bundle=bundle, store=str(store), **{"drain": "thread"} | settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
@@ -72,7 +72,7 @@ try:
     from serving.health import HealthSettings
     values = json.loads(sys.argv[1])
     values["health"] = HealthSettings(**values.get("health", {}))
-    serve(Settings(**{k: Path(v) if k in ("bundle", "policy", "spool") else v for k, v in values.items()}))
+    serve(Settings(**{k: Path(v) if k in ("bundle", "policy", "cache", "spool") else v for k, v in values.items()}))
 except RouterError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -14,8 +14,15 @@ class Relay:
     """Passes bytes on while it is open; a cut breaks every connection and refuses new ones."""
 
     url: str
+    port: int
     _open: threading.Event = field(default_factory=threading.Event)
     _sockets: list[socket.socket] = field(default_factory=list)
+
+    def lead_to(self, port: int) -> None:
+        """Breaks every connection; new ones go to another port."""
+        self.port = port
+        with self.cut():
+            pass
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
@@ -33,7 +40,7 @@ class Relay:
 def relay_to(port: int) -> Iterator[Relay]:
     """Relays a free port of 127.0.0.1 to another one."""
     listener = socket.create_server(("127.0.0.1", 0))
-    relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}", port)
     relay._open.set()
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
@@ -51,7 +58,7 @@ def relay_to(port: int) -> Iterator[Relay]:
                 if not relay._open.is_set():
                     near.close()
                     continue
-                far = socket.create_connection(("127.0.0.1", port))
+                far = socket.create_connection(("127.0.0.1", relay.port))
                 relay._sockets += [near, far]
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=copy, args=pair, daemon=True).start()
