@@ -35,15 +35,18 @@ class Violation:
 
 
 def note(connection: sa.Connection, kind: str, who: str, time_us: int, after: Mapping[str, Any]) -> bool:
-    """Appends what `kind` is since `time_us`, with what it was before; False where that is the same."""
+    """Appends what `kind` is since `time_us`, with what it was before; False where that is the same.
+
+    No note is older than the one before it, whatever the clock says: the latest is what the next is held against.
+    """
     if connection.dialect.name == "postgresql":  # another process must not note the same beside us
         connection.execute(sa.text("select pg_advisory_xact_lock(7205759404)"))
-    latest = sa.select(CHANGES.c.after).where(CHANGES.c.kind == kind).order_by(*_NEWEST).limit(1)
-    before = connection.execute(latest).scalar_one_or_none()
+    latest = sa.select(CHANGES.c.after, CHANGES.c.time_us).where(CHANGES.c.kind == kind).order_by(*_NEWEST).limit(1)
+    before, since = connection.execute(latest).one_or_none() or (None, -1)
     content = json.dumps(after, sort_keys=True)
     if before == content:
         return False
-    row = {"change_id": new_id(), "time_us": time_us, "kind": kind, "who": who}
+    row = {"change_id": new_id(), "time_us": max(time_us, since + 1), "kind": kind, "who": who}
     connection.execute(CHANGES.insert(), {**row, "before": before, "after": content})
     return True
 
