@@ -66,7 +66,11 @@ def test_the_champion_in_mlflow_is_the_bundle_that_was_served(demo: Demo) -> Non
     champion = registry.resolve(f"sqlite:///{demo.out / 'mlflow.db'}", NAME)
     bundle = read_bundle(demo.out / "bundle")
     assert (champion.version, champion.alias) == ("1", registry.CHAMPION)
-    assert champion.tags["bundle_version"] == bundle.version == read_bundle(demo.out / "serving-bundle").version
+    assert (
+        champion.tags["bundle_version"]
+        == bundle.version
+        == read_bundle(demo.out / "serving-bundle" / "current").version
+    )
     assert champion.tags["log_sha256"] == read_log_info(demo.out / "log")["sha256"]
     assert f"bundle {bundle.version}" in demo.said
 

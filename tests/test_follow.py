@@ -259,7 +259,7 @@ def test_processes_begin_with_the_last_good_version_and_leave_no_follower(
     promote(registry, NAME, GOOD, "live")
     shutil.copy(registry.removeprefix("sqlite:///"), away)
     with process(**settings) as (started, _):
-        (follower,) = children(started.pid)
+        (follower,) = followers(started.pid)
         started.kill()
         wait_for(lambda: not alive(follower))
 
@@ -271,16 +271,16 @@ def test_processes_begin_with_the_last_good_version_and_leave_no_follower(
         assert "no model registry at" in http.post("/admin/reload", json={}).json()["detail"]
         (tmp_path / "moved.db").rename(away)
         wait_for(lambda: http.get("/readyz").json()["degraded"] == [])
-        (follower,) = children(started.pid)
+        (follower,) = followers(started.pid)
         started.terminate()
         said, _ = started.communicate(timeout=30)
         assert not alive(follower) and "Traceback" not in said
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] or [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+def followers(pid: int) -> list[int]:
+    """The processes that follow a registry for the process `pid`."""
+    children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [child for child in children if b"router_ml.follow" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_a_cache_of_another_alias_is_not_served(registry: str, served: Running, tmp_path: Path) -> None:
