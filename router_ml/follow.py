@@ -31,13 +31,12 @@ from router_ml import log_lines, registry
 from router_ml.bundle import read_bundle, swap
 from router_ml.errors import BundleError, RegistryError, RouterError
 
-VERSIONS, CURRENT = "versions", "current"
+VERSIONS, CURRENT, INCOMING = "versions", "current", "incoming"
 KEEP = 3  # versions on disk, the served one among them: a rollback need not download
 MOST_DOUBLINGS = 4  # of the time between looks, while the registry fails
 BAD_SECONDS = 900.0  # the longest pause before a version that cannot be used is tried again
 DOWNLOAD_SECONDS = 900.0
 IMPORT_SECONDS = 60.0  # MLflow's import on a busy machine
-_INCOMING = "incoming"
 _LITTER_SECONDS = 3600.0
 # MLflow makes a list of texts of what its threads run into.
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -181,7 +180,7 @@ def _have(
 
 
 def _download(followed: Followed, version: str, stated: str | None, to: Path) -> str:
-    incoming = followed.cache / _INCOMING
+    incoming = followed.cache / INCOMING
     incoming.mkdir(parents=True, exist_ok=True)
     for left in incoming.iterdir():  # by one that was killed
         if left.stat().st_mtime < time.time() - _LITTER_SECONDS:

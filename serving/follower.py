@@ -27,7 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from router_ml import log_lines
 from router_ml.errors import InputError, RegistryError, RouterError
-from router_ml.follow import CURRENT, VERSIONS, Backoff, Followed, Report
+from router_ml.follow import CURRENT, INCOMING, VERSIONS, Backoff, Followed, Report
 from serving.live import LiveRouter
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Follower:
             report = self._next()
         if report is None or report.version is None or report.event == "failed":
             self.close()
+            self._leave(cache)
             raise RegistryError(f"{self.last_error if report is None else report.error}; {last_good}")
         try:
             live = load(cache / VERSIONS / report.version)
@@ -303,6 +304,15 @@ class Follower:
             with contextlib.suppress(OSError):  # it has just died, which its other pipe tells
                 self._process.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
                 self._process.stdin.flush()
+
+    @staticmethod
+    def _leave(cache: Path) -> None:
+        """Removes what a start without any version has made of the cache."""
+        with contextlib.suppress(OSError):
+            if not any(os.path.lexists(cache / name) for name in (CURRENT, VERSIONS)):
+                (cache / _SOURCE).unlink()
+                shutil.rmtree(cache / INCOMING, ignore_errors=True)
+                cache.rmdir()
 
     def _claim(self, cache: Path) -> None:
         """Makes the cache, or takes it over: versions of another model or registry must not be served as this one's."""

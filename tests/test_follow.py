@@ -202,7 +202,7 @@ def test_a_follower_that_is_killed_is_replaced(live: Running, registry: str) -> 
     wait_for(lambda: follower.pid not in (None, before))
     assert not alive(before)
     promote(registry, NAME, OTHER, "live")
-    wait_for(lambda: at(live) == OTHER and degraded(live) == [], 30)
+    wait_for(lambda: at(live) == OTHER and degraded(live) == [], 90)
     assert live.metric("router_registry_restarts_total") == restarts + 1
 
 
@@ -229,7 +229,7 @@ def test_a_policy_is_followed_beside_the_registry_and_one_that_fits_no_version_k
     (tmp_path / "cache" / "current").symlink_to(f"versions/{GOOD}")
     following = {"model": f"{NAME}@policed", "tracking_uri": registry, "cache": tmp_path / "cache"}
     with running(None, tmp_path / "store.db", **following, policy=policy, poll_seconds=0.1, watch_seconds=0.02) as live:
-        wait_for(lambda: degraded(live) == [])
+        wait_for(lambda: degraded(live) == [], 90)  # MLflow is imported
         promote(registry, NAME, OTHER, "policed")
         wait_for(lambda: degraded(live) == ["registry"])
         assert live.service.follower is not None and "'mid'" in str(live.service.follower.last_error)
@@ -267,7 +267,7 @@ def test_processes_begin_with_the_last_good_version_and_leave_no_follower(
     with process(**settings) as (started, http):
         assert http.post("/route", json=PROMPT).json()["model_version"] == version_of(tiny_bundle)
         assert http.get("/readyz").json()["degraded"] == ["registry"]
-        wait_for(lambda: "router_registry_failures_total 0.0" not in http.get("/metrics").text, 30)
+        wait_for(lambda: "router_registry_failures_total 0.0" not in http.get("/metrics").text, 90)
         assert "no model registry at" in http.post("/admin/reload", json={}).json()["detail"]
         (tmp_path / "moved.db").rename(away)
         wait_for(lambda: http.get("/readyz").json()["degraded"] == [])
@@ -379,17 +379,17 @@ def test_a_follower_that_does_not_answer_is_replaced(registry: str, served: Runn
     download(registry, NAME, GOOD, tmp_path / "cache" / "versions" / GOOD)
     followed = Followed(uri=registry, name=NAME, alias="frozen", cache=tmp_path / "cache", poll_seconds=0.1)
     (tmp_path / "cache" / "versions").rename(tmp_path / "versions")
-    follower = Follower(followed, answer_seconds=2.0)
+    follower = Follower(followed, answer_seconds=5.0)
     live = follower.boot(None)
     follower.start(live)
     try:
         assert follower.last_error is None
         os.kill(pid_of(follower), signal.SIGSTOP)
         asked = follower.ask()
-        with pytest.raises(Exception, match="has not answered for 2 s"):
-            asked.result(20)
+        with pytest.raises(Exception, match="has not answered for 5 s"):
+            asked.result(60)
         assert follower.restarts == 1 and follower.last_error is not None
-        wait_for(lambda: follower.last_error is None, 30)
+        wait_for(lambda: follower.last_error is None, 90)
     finally:
         follower.close()
 
