@@ -59,7 +59,7 @@ def test_a_bundle_is_replaced_but_nothing_else_is(tmp_path: Path) -> None:
 def test_one_byte_changed_in_any_file_is_refused_by_its_name(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = _copy(tiny_bundle, tmp_path)
     names = sorted(p.name for p in copy.iterdir())
-    parts = {"booster.txt", "outcomes.npz", "encoder.npz", "tokens.json", "neighbours.npz"}
+    parts = {"booster.txt", "outcomes.npz", "encoder.npz", "tokens.json", "neighbours.npz", "golden.json"}
     assert {MANIFEST, MANIFEST_HASH, *parts} == set(names)
     for name in names:
         original = (copy / name).read_bytes()
