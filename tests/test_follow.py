@@ -27,6 +27,7 @@ from router_ml.catalog import Catalog
 from router_ml.follow import Backoff, Followed
 from router_ml.registry import download, promote
 from serving.follower import Follower
+from serving.live import LiveRouter
 from training.dataset import build_dataset
 from training.fit import fit
 from training.tracking import register_bundle
@@ -287,10 +288,12 @@ def test_a_cache_of_another_alias_is_not_served(registry: str, served: Running, 
     shutil.copytree(cache(served), tmp_path / "cache", symlinks=True)
     other = Followed(uri=registry, name=NAME, alias="none", cache=tmp_path / "cache", poll_seconds=10.0)
     with pytest.raises(Exception, match=r"no alias 'none'.*holds no version from before"):
-        Follower(other).boot(None)
+        Follower(other).boot(LiveRouter)
     (tmp_path / "mine" / "versions").mkdir(parents=True)
     with pytest.raises(Exception, match="is no cache of a registry's versions"):
-        Follower(Followed(uri=registry, name=NAME, alias="live", cache=tmp_path / "mine", poll_seconds=10.0)).boot(None)
+        Follower(Followed(uri=registry, name=NAME, alias="live", cache=tmp_path / "mine", poll_seconds=10.0)).boot(
+            LiveRouter
+        )
     assert (tmp_path / "mine" / "versions").is_dir()
 
 
@@ -380,7 +383,7 @@ def test_a_follower_that_does_not_answer_is_replaced(registry: str, served: Runn
     followed = Followed(uri=registry, name=NAME, alias="frozen", cache=tmp_path / "cache", poll_seconds=0.1)
     (tmp_path / "cache" / "versions").rename(tmp_path / "versions")
     follower = Follower(followed, answer_seconds=5.0)
-    live = follower.boot(None)
+    live = follower.boot(LiveRouter)
     follower.start(live)
     try:
         assert follower.last_error is None
