@@ -19,6 +19,12 @@ from router_ml.drain import RETRY_SECONDS, Drainer, Progress, run
 log = logging.getLogger(__name__)
 
 
+def module_command(module: str) -> list[str]:
+    """What `python -m module` would be, but with the modules that this process has, from wherever it has them."""
+    run_main = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
+    return [sys.executable, "-P", "-c", run_main, json.dumps(sys.path)]
+
+
 class Draining(Protocol):
     """A drainer at work. `progress` is its last report; `say` takes the words of `drain.run`."""
 
@@ -105,7 +111,7 @@ class DrainProcess:
     def _start(self) -> subprocess.Popen[str]:
         # The URL may hold a password, which a command line or an environment would show.
         process = subprocess.Popen(
-            [sys.executable, "-m", "router_ml.drain"],
+            module_command("router_ml.drain"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

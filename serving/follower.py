@@ -15,7 +15,6 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from router_ml import log_lines
+from router_ml.draining import module_command
 from router_ml.errors import InputError, RegistryError, RouterError
 from router_ml.follow import CURRENT, INCOMING, VERSIONS, Backoff, Followed, Report
 from serving.live import LiveRouter
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS = 60.0  # an answer of the follower's that is so late does not come: it is started again
 RESTART_SECONDS = (0.5, 60.0)  # the first and the longest pause before that
 _SOURCE = "source.json"
-# What `-m router_ml.follow` would be, but with the modules that this process has, from wherever it has them.
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from router_ml.follow import main; main()"
 
 
 class Follower:
@@ -275,7 +273,7 @@ class Follower:
     def _begin(self) -> None:
         """Starts the process. What it follows goes through the pipe: an address may hold a password."""
         self._lines, self._rest, self._allowed = [], b"", 0.0
-        command = [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path)]
+        command = module_command("router_ml.follow")
         form = {"log": log_lines.configured()}
         first: list[dict[str, object]] = [asdict(self.followed) | {"cache": str(self.followed.cache)} | form]
         with self._lock:

@@ -149,7 +149,7 @@ def test_a_database_that_goes_and_comes_back(tiny_bundle: Path, tmp_path: Path, 
             with under_load(http) as told:
                 wait_for(lambda: len(told.outcomes) > 50, 60)
                 with relay.cut():
-                    wait_for(lambda: http.get("/readyz").json()["degraded"] == ["store"], 30)
+                    wait_for(lambda: "store" in http.get("/readyz").json()["degraded"], 30)
                     before, outcomes = len(told.decisions), len(told.outcomes)
                     wait_for(lambda: len(told.decisions) > before + 200, 60)
                     wait_for(lambda: len(told.outcomes) > outcomes + 20, 60)
@@ -170,7 +170,7 @@ def test_a_service_starts_without_its_database(tiny_bundle: Path, tmp_path: Path
             cut = stack.enter_context(contextlib.ExitStack())
             cut.enter_context(relay.cut())
             started, http = stack.enter_context(process(bundle=tiny_bundle, **settings))
-            assert http.get("/readyz").json()["degraded"] == ["store"]
+            assert "store" in http.get("/readyz").json()["degraded"]
             with under_load(http) as told:
                 wait_for(lambda: len(told.outcomes) > 5, 60)
                 cut.close()
@@ -193,7 +193,7 @@ def test_a_full_disk_stops_no_answer(tiny_bundle: Path, tmp_path: Path) -> None:
 
         limit(400_000)
         with under_load(http) as told:
-            wait_for(lambda: set(http.get("/readyz").json()["degraded"]) == {"store", "spool"}, 60)
+            wait_for(lambda: {"store", "spool"} <= set(http.get("/readyz").json()["degraded"]), 60)
             before = len(told.decisions)
             wait_for(lambda: len(told.decisions) > before + 100, 60)
             metrics = http.get("/metrics").text
