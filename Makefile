@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 CALLER := $(PWD)
+TIMES ?= 20
 
 export DATA
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -12,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test fuzz lint lock clean
 
 define CHECK_PYTHON
 @command -v "$(PYTHON)" > /dev/null || \
@@ -33,6 +34,9 @@ demo: $(STAMP) ## the whole path: a log, training, MLflow, the service, routed r
 
 test: $(STAMP) ## the whole test suite [ARGS="-k name"]
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(STAMP) ## the fuzzers at length: TIMES the examples that make test tries [TIMES=20]
+	@ROUTER_ML_FUZZ="$(TIMES)" nice $(BIN)/python -m pytest --timeout 0 tests/test_fuzz.py tests/test_fuzz_policy.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -11,7 +12,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
 from router_ml.store import Store, default_spool
 from serving import endpoints, problems
+from serving.connections import BoundedProtocol
 from serving.follower import Follower
 from serving.health import Health
 from serving.keys import ApiKeys
@@ -181,6 +183,25 @@ class _Server(uvicorn.Server):
         asyncio.get_event_loop().call_later(delay, super().handle_exit, sig, frame)
 
 
+def configured(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves the app; `options` are further ones of its own."""
+    protocol = functools.partial(
+        BoundedProtocol, seconds=settings.request_seconds, max_body_bytes=settings.max_body_bytes
+    )
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=cast("Any", protocol),
+        ws="none",
+        proxy_headers=False,  # nobody asks who the caller is but his key
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,  # longer than a gateway's pool keeps a connection, so that the gateway closes first
+        **options,
+    )
+
+
 def serve(settings: Settings) -> None:
     """Runs the service until SIGTERM or SIGINT, then finishes what is in flight.
 
@@ -193,15 +214,6 @@ def serve(settings: Settings) -> None:
     app = create_app(settings)
     gc.collect()
     gc.freeze()  # the bundle lives as long as the process: the collector need not walk it again
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        log_config=None,  # its lines go where all lines go
-        server_header=False,
-        timeout_keep_alive=75,  # longer than a gateway's pool keeps a connection, so that the gateway closes first
-    )
-    server = _Server(config, app.state.service)
+    server = _Server(configured(app, settings, log_config=None), app.state.service)  # its lines go where all lines go
     app.arrived, app.max_waiting = server.server_state.tasks.__len__, settings.max_waiting
     server.run()

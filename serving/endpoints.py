@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from router_ml.errors import InputError
 from router_ml.policy import Policy
+from serving.explained import ExplanationAnswer
 from serving.keys import SCOPES
 from serving.problems import MEDIA_TYPE, ProblemError, problem_of
 from serving.routes import JsonRoute
@@ -24,7 +25,6 @@ from serving.schemas import (
     BatchBody,
     BatchItem,
     ChangesAnswer,
-    ExplanationAnswer,
     HealthAnswer,
     HealthBody,
     ModelsAnswer,
@@ -47,16 +47,25 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON", "content": _CONTENT},
     401: {"description": "No valid API key", "content": _CONTENT},
     403: {"description": "The API key does not cover this", "content": _CONTENT},
+    408: {"description": "The request came too slowly", "content": _CONTENT},
     413: {"description": "The body is too large", "content": _CONTENT},
     415: {"description": "The body has to be JSON", "content": _CONTENT},
     422: {"description": "The request is not valid, or no model may serve it", "content": _CONTENT},
+    431: {"description": "Path and headers are too long", "content": _CONTENT},
 }
 _STORED: dict[int | str, dict[str, Any]] = {
     409: {"description": "The Idempotency-Key was used for another outcome", "content": _CONTENT},
     503: {"description": "The store cannot take it now", "content": _CONTENT},
 }
+_METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_NOT_LOADED: dict[int | str, dict[str, Any]] = {503: {"description": "It does not load", "content": _CONTENT}}
 _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="x-api-key", auto_error=False))]
 _ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
+_IDEMPOTENT = _OUTCOMES | {
+    "parameters": [
+        {"name": "idempotency-key", "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": 256}}
+    ]
+}
 _HEALTH = _SET_HEALTH | {
     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
 }
@@ -120,6 +129,7 @@ async def plano(body: RouteBody, request: Request) -> PlanoAnswer:
 async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAnswer:
     service: Service = request.app.state.service
     live = service.live.live  # once: no answer mixes two versions
+    service.check_size(body)
     asked = body.to_request(request.scope["caller"], live.router.policy)
     session = None if asked.session is None else await service.session(asked)
     stand, started = None, None
@@ -146,7 +156,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     return answer
 
 
-@api.post("/outcomes", summary="Report what became of a decision", responses=_STORED, openapi_extra=_OUTCOMES)
+@api.post("/outcomes", summary="Report what became of a decision", responses=_STORED, openapi_extra=_IDEMPOTENT)
 async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     """Answered when the outcome is committed. Sending it again, with or without an Idempotency-Key, stores it once."""
     service: Service = request.app.state.service
@@ -225,13 +235,13 @@ def _policy_in_force(request: Request) -> PolicyAnswer:
     return {"version": policy.version, "policy": policy.to_json()}
 
 
-@api.get("/metrics", summary="Prometheus metrics")
+@api.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=_METRICS)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(request.app.state.service.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
 
-@api.post("/admin/reload", summary="Load bundle and policy again now", openapi_extra=_ADMIN)
+@api.post("/admin/reload", summary="Load bundle and policy again now", openapi_extra=_ADMIN, responses=_NOT_LOADED)
 async def reload(request: Request) -> VersionsAnswer:
     """What is served then; a registry that is followed is asked first.
 

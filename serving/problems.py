@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +21,8 @@ from router_ml.shared import StaleVersionError
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _SHOWN = 20  # errors of one body that are listed
+_NAME = 64  # characters of the longest unknown field that is named
+_DEPTH = 200  # where pydantic's parser gives up
 _TITLES = {
     "invalid-json": "The body is not JSON",
     "invalid-request": "The request is not valid",
@@ -31,7 +34,9 @@ _TITLES = {
     "stale-version": "It has changed meanwhile",
     "policy-file": "A file sets the policy",
     "conflict": "The Idempotency-Key was used for something else",
+    "timeout": "The request came too slowly",
     "too-large": "The body is too large",
+    "head-too-large": "The request's head is too large",
     "unsupported-media-type": "The body has to be JSON",
     "overloaded": "The service has too much to do",
     "unavailable": "The service cannot do this at the moment",
@@ -92,15 +97,35 @@ def problem_of(error: Exception) -> ProblemError:
 
 
 def _invalid(error: ValidationError) -> ProblemError:
-    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    errors = error.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
+        if "recursion limit" in errors[0]["msg"]:
+            return ProblemError(
+                422, "invalid-request", f"the body may be nested {_DEPTH} levels deep, and is deeper: flatten it"
+            )
         return ProblemError(400, "invalid-json", f"send one JSON object; {errors[0]['msg']}")
-    listed = [
-        {"field": ".".join(str(part) for part in e["loc"]) or "body", "problem": e["msg"]} for e in errors[:_SHOWN]
-    ]
+    listed = [{"field": _field(e["loc"]), "problem": _sentence(e)} for e in errors[:_SHOWN]]
     first = f"{listed[0]['field']}: {listed[0]['problem']}"
     more = f" (and {len(errors) - 1} more, see 'errors')" if len(errors) > 1 else ""
     return ProblemError(422, "invalid-request", f"{first}{more}", errors=listed)
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """Where the mistake is. What the caller has made up is shown only where it could be a field's name."""
+    parts = [str(p) if isinstance(p, int) or (p.isidentifier() and len(p) <= _NAME) else "…" for p in loc]
+    return ".".join(parts) or "body"
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """What is wrong, and where a bound is passed what to do; else pydantic's own words, which quote nothing."""
+    most = error.get("ctx", {}).get("max_length")
+    if error["type"] == "too_long":
+        return f"may have {most:,} entries, and has more: send fewer"
+    if error["type"] == "string_too_long":
+        return f"may have {most} characters, and has more: send a shorter one"
+    if error["type"] == "string_pattern_mismatch":
+        return "may not hold control characters: leave them out"
+    return error["msg"]
 
 
 def install(app: FastAPI) -> None:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
+from pydantic.config import JsonDict
 from typing_extensions import TypedDict
 
 from router_ml.conversation import request_of
 from router_ml.policy import Policy
 from router_ml.types import Outcome, RouteRequest
+from serving.explained import ExplanationAnswer
 from serving.keys import ApiKey
 
 SCHEMA_VERSION = 1
 MAX_BATCH = 100
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+MAX_TOOLS = 1_000
+MAX_SMALL_BYTES = 64 * 1024
+"""Of a body that has no conversation in it."""
+# Control characters are in no honest name; a NUL is one that Postgres cannot even store.
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Amount = Annotated[float, Field(ge=0, lt=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+_ONE_TEXT: JsonDict = {
+    "oneOf": [
+        {"properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}, "required": ["prompt"]},
+        {"properties": {"prompt": {"type": "null"}, "messages": {"type": "array"}}, "required": ["messages"]},
+    ],
+    "examples": [
+        {"prompt": "Where is my parcel?", "tier": "standard", "data_class": "public"},
+        {"messages": [{"role": "user", "content": "And in French?"}], "min_probability": 0.8, "max_cost_usd": 0.05},
+    ],
+}
 
 
 class RouteBody(BaseModel):
@@ -26,14 +43,16 @@ class RouteBody(BaseModel):
     OpenAI's other fields (model, temperature, user, …) are accepted and ignored.
     """
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_ONE_TEXT)
 
     prompt: str | None = Field(None, description="A plain prompt; give this or `messages`.")
     messages: list[dict[str, Any]] | None = Field(
-        None, max_length=10_000, description="The conversation as OpenAI's chat API takes it, oldest first."
+        None, description="The conversation as OpenAI's chat API takes it, oldest first; the service bounds its length."
     )
-    tools: list[dict[str, Any]] | None = Field(None, max_length=1_000, description="Tool definitions; need `tools`.")
-    functions: list[dict[str, Any]] | None = Field(None, max_length=1_000, description="The older form of `tools`.")
+    tools: list[dict[str, Any]] | None = Field(
+        None, max_length=MAX_TOOLS, description="Tool definitions; need `tools`."
+    )
+    functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="The older form of `tools`.")
     response_format: dict[str, Any] | None = Field(None, description="A JSON format makes the request need `json`.")
     max_tokens: Count | None = Field(None, description="Cap of the answer's length; caps the expected cost, too.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
@@ -49,7 +68,9 @@ class RouteBody(BaseModel):
     objective: Literal["cost", "quality"] | None = Field(
         None, description="cost: the cheapest that meets the dial; quality: the most probable within `max_cost_usd`."
     )
-    candidates: list[Name] | None = Field(None, max_length=1_000, description="Only these models; default all.")
+    candidates: list[Name] | None = Field(
+        None, description="Only these models; default all. The service bounds how many."
+    )
     data_class: Name | None = Field(None, description="Only models cleared for it; default is the policy's.")
     region: Name | None = Field(None, description="Only models in this region.")
     needs: list[Literal["tools", "vision", "json"]] = Field([], max_length=3, description="Capabilities needed.")
@@ -106,61 +127,6 @@ class CandidateAnswer(TypedDict):
     p_claim: float | None
 
 
-class ContributionAnswer(TypedDict):
-    """A feature's value, and what it adds to the booster's log odds (SHAP)."""
-
-    feature: str
-    value: float
-    log_odds: float
-
-
-class CandidateExplanationAnswer(TypedDict):
-    """A model's estimate taken apart. `log_odds` is the sum of the base, the contributions and the other features'."""
-
-    model: str
-    role: Literal["chosen", "fallback", "excluded"]
-    excluded: str | None
-    p_ok: float | None
-    p_low: float | None
-    p_high: float | None
-    p_claim: float | None
-    expected_cost_usd: float | None
-    expected_total_cost_usd: float | None
-    estimates: dict[str, float]
-    log_odds: float
-    base_log_odds: float
-    contributions: list[ContributionAnswer]
-    other_log_odds: float
-    nearest_known: int
-    nearest_quality: float | None
-
-
-class PastRequestAnswer(TypedDict):
-    """A past request by its id in the log, its similarity to this one, and the quality of the models that served it."""
-
-    request_id: str
-    similarity: float
-    outcomes: dict[str, float]
-
-
-class ExplanationAnswer(TypedDict):
-    """Why the decision came out as it did. `note` says why there are no nearest requests, where there are none."""
-
-    decision_id: str
-    model: str
-    reason: str
-    explored: bool
-    meets_threshold: bool
-    min_probability: float
-    quality_threshold: float | None
-    model_version: str
-    policy_version: str
-    candidates: list[CandidateExplanationAnswer]
-    excluded: dict[str, str]
-    nearest: list[PastRequestAnswer]
-    note: str | None
-
-
 class RouteAnswer(TypedDict):
     """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added.
 
@@ -206,12 +172,18 @@ class ProblemAnswer(TypedDict, total=False):
     excluded: dict[str, str]
 
 
+class BatchRequest(RouteBody):
+    """One of several requests, as `/route` takes it. Without exactly one text it is refused alone, not the batch."""
+
+    model_config = ConfigDict(json_schema_extra=None)
+
+
 class BatchBody(BaseModel):
     """Several requests at once, each as `/route` takes it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    requests: list[RouteBody] = Field(min_length=1, max_length=MAX_BATCH)
+    requests: list[BatchRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
 class BatchItem(TypedDict):
@@ -239,6 +211,7 @@ class PlanoAnswer(TypedDict):
 class OutcomeBody(BaseModel):
     """What became of a decision; `quality` may come alone, days later."""
 
+    max_bytes: ClassVar[int] = MAX_SMALL_BYTES
     model_config = ConfigDict(extra="forbid", strict=True)
 
     decision_id: Name | None = None
@@ -269,6 +242,7 @@ class OutcomeAnswer(TypedDict):
 class HealthBody(BaseModel):
     """What a gateway knows of a model: open takes it out until further notice, auto leaves it to outcomes again."""
 
+    max_bytes: ClassVar[int] = MAX_SMALL_BYTES
     model_config = ConfigDict(extra="forbid", strict=True)
 
     state: Literal["open", "closed", "auto"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from router_ml.errors import NoEligibleModelError, RegistryError
+from router_ml.errors import InputError, NoEligibleModelError, RegistryError
 from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
@@ -105,6 +105,20 @@ class Service:
                 ) from None
         return await asyncio.to_thread(self.live.reload, None, who)
 
+    def check_size(self, body: RouteBody) -> None:
+        """Raises InputError for more messages or candidates than the settings allow."""
+        settings = self.settings
+        if body.messages is not None and len(body.messages) > settings.max_messages:
+            raise InputError(
+                f"'messages' may have {settings.max_messages:,} entries, and has {len(body.messages):,}: send the "
+                "newest of them, or have max_messages raised"
+            )
+        if body.candidates is not None and len(body.candidates) > settings.max_candidates:
+            raise InputError(
+                f"'candidates' may have {settings.max_candidates:,} entries, and has {len(body.candidates):,}: name "
+                "fewer, or none for all models, or have max_candidates raised"
+            )
+
     def decide(
         self,
         live: Live,
@@ -151,7 +165,8 @@ class Service:
         text: dict[str, str | None] = {}
         if self.settings.store_prompts == "text":
             text = {
-                "prompt": body.prompt,
+                # Postgres cannot hold a NUL, and would lose the decision with it.
+                "prompt": None if body.prompt is None else body.prompt.replace("\0", "\N{REPLACEMENT CHARACTER}"),
                 "messages": json.dumps(body.messages) if body.messages is not None else None,
                 "tools": json.dumps([*(body.tools or ()), *(body.functions or ())]) if asked.tools else None,
             }

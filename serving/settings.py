@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ class Settings:
     Metrics compare what decisions cost with `baseline_model` (None: the model with the highest rate of acceptable
     answers in the training log). `log_format` is that of the log's lines. Spans go to the OTLP collector at
     `otlp_endpoint`, such as "http://127.0.0.1:4318" (None: where OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set).
+    `max_body_bytes`, `max_messages` and `max_candidates` bound one request, and its head and its body each have
+    `request_seconds` to arrive.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
     """
 
@@ -64,6 +67,9 @@ class Settings:
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 2 * 1024 * 1024
     max_waiting: int = 200
+    max_messages: int = 2_000
+    max_candidates: int = 1_000
+    request_seconds: float = 30.0
     health: HealthSettings = field(default_factory=HealthSettings)
     session_seconds: float = 3600.0
     max_sessions: int = 50_000
@@ -106,6 +112,10 @@ class Settings:
             raise InputError(f"port {self.port} has to lie in 0..65535")
         if self.max_body_bytes < 1024:
             raise InputError("max_body_bytes has to be at least 1024")
+        if min(self.max_messages, self.max_candidates) < 1:
+            raise InputError("max_messages and max_candidates have to be at least 1")
+        if not 0 < self.request_seconds < math.inf:
+            raise InputError("request_seconds has to be more than 0")
         if min(self.watch_seconds, self.drain_seconds) < 0 or self.commit_seconds <= 0:
             raise InputError("watch_seconds and drain_seconds have to be 0 or more, commit_seconds more than 0")
         if self.max_waiting < 1:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import uvicorn
 
-from serving.app import create_app
+from serving.app import configured, create_app
 from serving.service import Service
 from serving.settings import Settings
 
@@ -48,8 +48,9 @@ class Running:
 @contextlib.contextmanager
 def running(bundle: Path | None, store: Path | str, **settings: Any) -> Iterator[Running]:
     """Serves the bundle on a free port of 127.0.0.1, in a thread of this process."""
-    app = create_app(Settings(bundle=bundle, store=str(store), **{"drain": "thread"} | settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    chosen = Settings(bundle=bundle, store=str(store), **{"drain": "thread"} | settings)
+    app = create_app(chosen)
+    server = uvicorn.Server(configured(app, chosen, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -80,15 +81,20 @@ except RouterError as error:
 
 
 def start_process(
-    *, python: str = sys.executable, cwd: Path = ROOT, env: dict[str, str] | None = None, **settings: Any
+    *,
+    python: str = sys.executable,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    output: int | IO[str] = subprocess.PIPE,
+    **settings: Any,
 ) -> subprocess.Popen[str]:
-    """The service in a process of its own."""
+    """The service in a process of its own. A pipe that nobody reads stops it after 64 kB of log."""
     values = json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
     return subprocess.Popen(
         [python, "-c", PROCESS, values],
         cwd=cwd,
         env=os.environ | (env or {}),
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )

@@ -338,6 +338,10 @@ REFUSALS: dict[str, tuple[Callable[[Way], list[str | Path]], str]] = {
         "the file of API keys",
     ),
     "store": (lambda w: ["serve", "--bundle", w / "bundle", "--store", str(w / "logs")], "cannot be opened"),
+    "messages": (
+        lambda w: ["serve", "--bundle", w / "bundle", "--max-messages", "0"],
+        "max_messages and max_candidates",
+    ),
     "port": (lambda w: ["serve", "--bundle", w / "bundle", "--port", "70000"], "port 70000 has to lie in 0..65535"),
 }
 

@@ -260,7 +260,7 @@ JSON = {"content-type": "application/json"}
         (b"{" + SECRET.encode(), 400, "invalid-json", "line 1"),
         (b'{"prompt": "' + b"\xff\xfe" + b'"}', 400, "invalid-json", "JSON"),
         (b'{"prompt": "\\ud800"}', 400, "invalid-json", "JSON"),
-        (b"[" * 5000, 400, "invalid-json", "recursion"),
+        (b"[" * 5000, 422, "invalid-request", "nested 200 levels deep"),
         (b"[]", 422, "invalid-request", "body"),
         (b'"' + SECRET.encode() + b'"', 422, "invalid-request", "body"),
         (b"{}", 422, "invalid-request", "exactly one of 'prompt'"),
