@@ -115,7 +115,7 @@ def create_app(settings: Settings) -> Front:
         },
     )
     app.state.service = service
-    problems.install(app)
+    problems.install(app, [*endpoints.api.routes, *endpoints.health.routes])
     app.take(endpoints.api)
     app.include_router(endpoints.health)
     return app

@@ -52,6 +52,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     415: {"description": "The body has to be JSON", "content": _CONTENT},
     422: {"description": "The request is not valid, or no model may serve it", "content": _CONTENT},
     431: {"description": "Path and headers are too long", "content": _CONTENT},
+    503: {"description": "More requests wait than can be decided in time", "content": _CONTENT},
 }
 _STORED: dict[int | str, dict[str, Any]] = {
     409: {"description": "The Idempotency-Key was used for another outcome", "content": _CONTENT},

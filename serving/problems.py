@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 
 from router_ml.errors import InputError, NoEligibleModelError, RouterError
 from router_ml.outcome_queue import IdempotencyConflictError, StoreError
@@ -128,18 +130,23 @@ def _sentence(error: ErrorDetails) -> str:
     return error["msg"]
 
 
-def install(app: FastAPI) -> None:
-    """Makes the framework's own errors (no such path, wrong method, a failure anywhere) problem details, too."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Makes the framework's own errors (no such path, wrong method, a failure anywhere) problem details, too.
 
-    async def http_error(_request: Request, error: Exception) -> Response:
+    `routes` are all that the app has.
+    """
+
+    async def http_error(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 500)
         headers = dict(getattr(error, "headers", None) or {})
         if status == 404:
             known = ", ".join(app.openapi()["paths"])
             return ProblemError(404, "not-found", f"the paths are {known}", headers=headers).response()
         if status == 405:
-            allowed = headers.get("Allow") or headers.get("allow", "")
-            return ProblemError(405, "method-not-allowed", f"use {allowed}", headers=headers).response()
+            # Starlette's own header names the methods of one route, and a path may have several.
+            fit = [r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
+            allowed = ", ".join(sorted({method for route in fit for method in route.methods or ()}))
+            return ProblemError(405, "method-not-allowed", f"use {allowed}", headers={"allow": allowed}).response()
         return ProblemError(
             status, "invalid-request", "the request cannot be served as it is", headers=headers
         ).response()

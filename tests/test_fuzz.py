@@ -76,9 +76,10 @@ def test_the_service_does_what_its_document_says(service: Service, tmp_path: Pat
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "Selected: 13/13" in done.stdout and "13 passed" in done.stdout
+    assert "Selected: 15/15" in done.stdout and "15 passed" in done.stdout
     for model in ("frontier", "mid", "hosted", "local"):  # it has found out their names, and opened some
         assert service.http.put(f"/models/{model}/health", json={"state": "auto"}).status_code == 200
+    assert service.http.delete("/policy").status_code == 200
     service.healthy()
 
 

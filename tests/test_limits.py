@@ -230,3 +230,10 @@ def test_no_text_keeps_a_decision_out_of_postgres(tiny_bundle: Path, postgres_ur
     with running(tiny_bundle, postgres_url, store_prompts="text") as live:
         made = live.http.post("/route", json=body).json()["decision_id"]
         assert [row["decision_id"] for row in live.decisions()] == [made]
+
+
+def test_a_method_that_a_path_does_not_take_is_told_all_that_it_takes(live: Running) -> None:
+    for path, allowed in (("/policy", "DELETE, GET, PUT"), ("/models/a/b/health", "PUT"), ("/healthz", "GET")):
+        said = live.http.post(path, json={})
+        refused(said, 405, f"use {allowed}")
+        assert said.headers["allow"] == allowed
