@@ -49,7 +49,7 @@ def subset(values: Sequence[str], least: int = 0) -> st.SearchStrategy[list[str]
 @st.composite
 def some(draw: st.DrawFn, most: int, **fields: st.SearchStrategy[Any]) -> Table:
     """A table of at most so many of the fields: where every constraint is stated, nobody is left to be chosen."""
-    often = [name for name in fields if name in ("max_cost_usd", "needs", "exploration_rate")]
+    often = [name for name in fields if name in ("max_cost_usd", "needs", "exploration_rate", "previous_model")]
     names = draw(st.lists(st.sampled_from([*sorted(fields), *often, *often]), max_size=most, unique=True))
     return {name: draw(fields[name]) for name in names}
 
@@ -103,6 +103,7 @@ def settings_of(ids: tuple[str, ...]) -> st.SearchStrategy[Table]:
         rules=st.lists(rule, min_size=1, max_size=2),
         keys=subset(ids).map(lambda models: {"k": {"models": models}}),
         unmet=st.sampled_from(["most-probable", "default"]),
+        session=st.sampled_from([{"explore": True}, {"min_gain": 0.0}, {"min_gain": 1.0}]),
     )
 
 
@@ -141,6 +142,7 @@ def bodies(ids: tuple[str, ...]) -> st.SearchStrategy[Table]:
         region=st.sampled_from([*REGIONS, *REGIONS, "mars"]),
         tenant=st.sampled_from(TENANTS),
         task=st.sampled_from(TASKS),
+        previous_model=st.sampled_from([*ids, "nobody"]),
     )
     text = st.sampled_from([{"prompt": "x"}, {"messages": said}, {"messages": said + image}])
     return st.builds(lambda a, b: a | b, text, rest)
@@ -314,7 +316,9 @@ def as_the_policy_says(
     if pins and pins[0] in offered:
         assert (decision.model, decision.propensity, decision.explored) == (pins[0], 1.0, False)
         return
+    settled = "previous_model" in body  # a session that goes on, in which nobody explores unless the policy says so
     rate = policy.get("exploration_rate", 0.0)
+    rate = rate if not settled or policy.get("session", {}).get("explore") else 0.0
     assert decision.explored == (draw < rate)
     assert rate / len(offered) * 0.999 <= decision.propensity <= 1.0
     tier = tier_of(policy, key, body)
@@ -322,5 +326,5 @@ def as_the_policy_says(
     claims = {f"m{i}": claim for i, claim in enumerate(known.tolist())}
     dial = tier["min_probability"]
     assert decision.min_probability == dial and decision.meets_threshold == (claims[decision.model] >= dial)
-    if not decision.explored and body.get("objective", tier.get("objective", "cost")) == "cost":
+    if not decision.explored and not settled and body.get("objective", tier.get("objective", "cost")) == "cost":
         assert decision.meets_threshold == any(claims[model] >= dial for model in offered)
