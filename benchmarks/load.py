@@ -5,8 +5,8 @@
 `router-ml serve` in one process: 13 candidates (trained on MMLU-Pro), real prompts, an API key, every decision kept.
 Beside it `benchmarks.bare`, the same schemas and a constant answer. Rounds of both in turn, 1 and 16 connections in a
 closed loop (wrk; `benchmarks.arrivals --closed` where it is not installed: `apt-get install wrk`); a ratio is the
-median over the rounds. Then an open loop (`benchmarks.arrivals`) at half of the service's peak. A start from disk to
-readiness, resident memory, and `paretobandit`'s decision beside ours, both in process.
+median over the rounds. Then open loops (`benchmarks.arrivals`) at half of the service's peak and at twice the peak. A
+start to readiness, resident memory, and `paretobandit`'s decision beside ours, both in process.
 A run fails when an answer was not 2xx, or when a decision that was answered is not in the store.
 """
 
@@ -16,12 +16,12 @@ import contextlib
 import hashlib
 import json
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,23 +59,27 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(command: list[str], port: int, ready: str) -> Iterator[Server]:
-    """Runs `python -m …`, waits until GET `ready` answers, ends it with SIGTERM and waits until it has ended."""
+def started(command: list[str], ready: str) -> Iterator[Server]:
+    """Runs `python -m … --port PORT`, waits until GET `ready` answers, ends it with SIGTERM and waits until it has."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True)
-    try:
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5):
-                break
-            if process.poll() is not None:
-                raise click.ClickException(f"{command[0]} ended: {process.communicate()[1]}")
-            time.sleep(0.005)
-        yield Server(f"http://127.0.0.1:{port}/route", process.pid, time.perf_counter() - began)
-        process.terminate()
-        process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, "-m", *command, "--port", str(port)], stdout=said, stderr=said)
+        try:
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5):
+                    break
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise click.ClickException(f"{command[0]} ended: {said.read()}")
+                time.sleep(0.005)
+            yield Server(f"http://127.0.0.1:{port}/route", process.pid, time.perf_counter() - began)
+            process.terminate()
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def closed_loop(server: Server, bodies: Path, connections: int, seconds: float) -> dict[str, float]:
@@ -92,6 +96,13 @@ def open_loop(server: Server, bodies: Path, rate: float, seconds: float) -> dict
     """One open-loop run at `rate` requests a second."""
     command = [*_arrivals(server, bodies, seconds), "--rate", str(rate)]
     return _checked(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def overload(server: Server, bodies: Path, rate: float, seconds: float) -> dict[str, Any]:
+    """An open loop at a rate that is too high: what is answered, what is turned away, and how long either takes."""
+    command = [*_arrivals(server, bodies, seconds), "--rate", str(rate), "--connections", "400"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found | {"rate": rate}
 
 
 def _arrivals(server: Server, bodies: Path, seconds: float) -> list[str]:
@@ -116,25 +127,28 @@ def measure(bundle: Path, prompts: list[str], folder: Path, *, rounds: int, seco
     serve = ["router_ml.cli", "serve", "--bundle", str(bundle), "--store", str(store), "--api-keys", str(keys)]
     starts = []
     for _ in range(rounds):
-        with started([*serve, "--port", "8471"], 8471, "/readyz") as ours:
+        with started(serve, "/readyz") as ours:
             starts.append(ours.seconds_to_ready)
-    with started([*serve, "--port", "8471"], 8471, "/readyz") as ours:
+    with started(serve, "/readyz") as ours:
         idle_mb = ours.memory_mb()
         answer = folder / "answer.json"
         answer.write_bytes(_ask(ours, asked[0]))
-        bare_command = ["benchmarks.bare", "--answer", str(answer), "--port", "8472"]
-        with started(bare_command, 8472, "/openapi.json") as bare:
+        with started(["benchmarks.bare", "--answer", str(answer)], "/openapi.json") as bare:
             servers = {"ours": ours, "bare": bare}
-            for server in servers.values():
-                closed_loop(server, bodies, 16, WARM_UP_S)
+            warm = {s: closed_loop(at, bodies, 16, WARM_UP_S) for s, at in servers.items()}
             runs = [
                 {n: {s: closed_loop(at, bodies, n, seconds) for s, at in servers.items()} for n in CONNECTIONS}
                 for _ in range(rounds)
             ]
             peak = statistics.median(run[16]["ours"]["rps"] for run in runs)
             opened = {s: open_loop(at, bodies, peak / 2, seconds) for s, at in servers.items()}
+            over = overload(ours, bodies, 2 * peak, seconds)
         busy_mb = ours.memory_mb()
-    answered = _answered(store)
+    stored = _stored(store)
+    told = 1 + over["statuses"].get("200", 0)
+    told += sum(loop["requests"] for run in [*runs, {"warm": warm}, {"open": opened}] for loop in _ours(run))
+    if stored < told:  # a few more are there: wrk hangs up on the last ones
+        raise click.ClickException(f"{told:.0f} decisions were answered, and {stored} are in the store")
 
     def ratio(connections: int, metric: str, of: str, to: str) -> float:
         return statistics.median(run[connections][of][metric] / run[connections][to][metric] for run in runs)
@@ -148,9 +162,10 @@ def measure(bundle: Path, prompts: list[str], folder: Path, *, rounds: int, seco
             for n in CONNECTIONS
         },
         "open_loop": {"rate": peak / 2, **opened["ours"], "bare": opened["bare"]},
+        "overload": over,
         "cold_start_s": statistics.median(starts),
         "memory_mb": {"idle": idle_mb, "after_load": busy_mb},
-        "decisions_stored": answered,
+        "decisions_stored": stored,
         "generator": "wrk" if shutil.which("wrk") else "benchmarks.arrivals",
     }
 
@@ -161,7 +176,11 @@ def _ask(server: Server, body: str) -> bytes:
         return bytes(answer.read())
 
 
-def _answered(store: Path) -> int:
+def _ours(run: dict[Any, dict[str, dict[str, float]]]) -> list[dict[str, float]]:
+    return [loop["ours"] for loop in run.values()]
+
+
+def _stored(store: Path) -> int:
     """The decisions in the store after the service has ended."""
     opened = Store(str(store))
     try:
@@ -207,6 +226,11 @@ def show(console: Console, found: dict[str, Any]) -> None:
         f"rps_ratio {found['rps_ratio']:.2f}, p50_ratio {found['p50_ratio']:.2f}, p99_ratio {found['p99_ratio']:.2f}; "
         f"ready after {found['cold_start_s']:.2f} s; {found['memory_mb']['idle']:.0f} MB, after the load "
         f"{found['memory_mb']['after_load']:.0f} MB; {found['decisions_stored']} decisions stored"
+    )
+    over = found["overload"]
+    statuses = ", ".join(f"{count} times {status}" for status, count in sorted(over["statuses"].items()))
+    console.print(
+        f"at {over['rate']:.0f} requests/s, twice the peak: {statuses}; p99 {over['p99_ms']:.0f} ms of those answered"
     )
     if "vs_paretobandit" in found:
         console.print(f"paretobandit takes {found['vs_paretobandit']['p50_ratio']:.0f} times as long to decide")

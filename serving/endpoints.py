@@ -109,12 +109,13 @@ async def batch(body: BatchBody, request: Request) -> BatchAnswer:
     A body that is not valid refuses the batch whole; what only deciding finds out is that one request's problem.
     """
     results: list[BatchItem] = []
-    for one in body.requests:
-        try:
-            results.append({"decision": await _answer(one, request, record=True), "problem": None})
-        except Exception as error:  # noqa: BLE001 (as at the boundary: one request's failure is no other's)
-            results.append({"decision": None, "problem": cast("ProblemAnswer", problem_of(error).content())})
-        await asyncio.sleep(0)
+    async with request.app.state.service.batch():
+        for one in body.requests:
+            try:
+                results.append({"decision": await _answer(one, request, record=True), "problem": None})
+            except Exception as error:  # noqa: BLE001 (as at the boundary: one request's failure is no other's)
+                results.append({"decision": None, "problem": cast("ProblemAnswer", problem_of(error).content())})
+            await asyncio.sleep(0)
     request.scope.pop("decision", None)  # no header can speak of several
     return {"results": results}
 

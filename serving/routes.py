@@ -60,7 +60,7 @@ class JsonRoute(APIRoute):
                     response: Response = answer
                 else:
                     answered = time.perf_counter()
-                    response = Response(to_json(answer), 200, answer_headers(request), "application/json")
+                    response = _Answered(to_json(answer), answer_headers(request))
                     if "decision" in request.scope:
                         service.metrics.took("parse", parsed - began)
                         service.metrics.took("serialise", time.perf_counter() - answered)
@@ -75,12 +75,20 @@ class JsonRoute(APIRoute):
         return handle
 
 
-_OVERLOADED = ProblemError(
+OVERLOADED = ProblemError(
     503,
     "overloaded",
     "more requests wait than can be decided in time: send this one again",
     headers={"retry-after": "1"},
-)
+).response()
+
+
+class _Answered(Response):
+    """A JSON body with status 200 and its headers as they go out: starlette takes three times as long to make them."""
+
+    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status_code, self.body, self.background = 200, body, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *headers]
 
 
 class Front(FastAPI):
@@ -119,7 +127,7 @@ class Front(FastAPI):
             if self.arrived() - self._begun >= self.max_waiting and scope["method"] == "POST":
                 # Of those that wait this one has waited longest: its caller is the likeliest to be gone.
                 self.state.service.metrics.responded(scope["path"], 503)
-                await _OVERLOADED.response()(scope, receive, send)
+                await OVERLOADED(scope, receive, send)
                 return
         response = await handle(Request(scope, receive))
         await response(scope, receive, send)
@@ -128,7 +136,7 @@ class Front(FastAPI):
         self._begun -= 1
 
 
-def answer_headers(request: Request) -> dict[str, str] | None:
+def answer_headers(request: Request) -> list[tuple[bytes, bytes]]:
     """The decision for proxies that read headers alone. A name that no header can hold is left to the body.
 
     Otherwise the version of what was answered, where the endpoint has said one.
@@ -136,12 +144,12 @@ def answer_headers(request: Request) -> dict[str, str] | None:
     decision = request.scope.get("decision")
     if decision is None:
         version = request.scope.get("version")
-        return None if version is None else {"etag": f'"{version}"'}
-    headers = {"x-router-decision-id": decision.decision_id}
+        return [] if version is None else [(b"etag", f'"{version}"'.encode())]
+    headers = [(b"x-router-decision-id", decision.decision_id.encode())]
     if decision.model.isascii() and decision.model.isprintable():
-        headers["x-router-model"] = decision.model
+        headers.append((b"x-router-model", decision.model.encode()))
     if decision.degraded:
-        headers["x-router-degraded"] = "true"
+        headers.append((b"x-router-degraded", b"true"))
     return headers
 
 

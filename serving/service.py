@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from serving.health import FAILED, Health
 from serving.keys import ApiKeys
 from serving.live import Live, LiveRouter
 from serving.metrics import Metrics, tier_of
+from serving.problems import ProblemError
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.sessions import Sessions, StoredSessions, is_behind
 from serving.settings import Settings
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from serving.tracing import Tracing
 
 _ROUTED = 50_000
+_BATCHES, _BATCHES_WAITING = 2, 30
+"""Batches at a time, since single requests wait for one decision of each, and how many may wait for their turn."""
 REGISTRY_SECONDS = 60.0  # that a caller waits for what the registry says
 
 
@@ -56,6 +60,8 @@ class Service:
     follower: Follower | None = None
     """What follows a registry's alias, where one is followed."""
     draining: bool = False
+    _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES))
+    _batches_waiting: int = 0
 
     def note(self, live: Live, who: str) -> None:
         """Notes for the audit log what is served from now on; the log leaves out what has not changed."""
@@ -79,6 +85,24 @@ class Service:
             "policy": stale and self.settings.policy is None,
         }
         return self.store.degraded + [name for name, bad in states.items() if bad]
+
+    @contextlib.asynccontextmanager
+    async def batch(self) -> AsyncIterator[None]:
+        """A batch's turn. Raises ProblemError (503) when too many wait for theirs."""
+        if self._batches_waiting >= _BATCHES_WAITING:
+            raise ProblemError(
+                503, "overloaded", "more batches wait than can be decided in time: send this one again",
+                headers={"retry-after": "1"},
+            )  # fmt: skip
+        self._batches_waiting += 1
+        try:
+            await self._batches.acquire()
+        finally:
+            self._batches_waiting -= 1
+        try:
+            yield
+        finally:
+            self._batches.release()
 
     async def session(self, asked: RouteRequest) -> Session | None:
         """What is known of the request's session; the store is asked where the conversation tells of more."""

@@ -13,6 +13,7 @@ from benchmarks.calibration import main as calibration
 from benchmarks.cold_start import main as cold_start
 from benchmarks.latency import main as latency
 from benchmarks.learning_curve import main as learning_curve
+from benchmarks.load import main as load
 from benchmarks.quality import main as quality
 from router_ml.cli import main as router_ml
 
@@ -21,6 +22,7 @@ PROGRAMS: dict[str, click.Command] = {
     "router-ml": router_ml,
     "python -m benchmarks.quality": quality,
     "python -m benchmarks.latency": latency,
+    "python -m benchmarks.load": load,
     "python -m benchmarks.cold_start": cold_start,
     "python -m benchmarks.learning_curve": learning_curve,
     "python -m benchmarks.calibration": calibration,

@@ -282,3 +282,16 @@ def test_the_service_over_http(data_dir: Path, tiny_bundle: Path, tmp_path: Path
     assert found["connections"] == 2 and found["answers"] > 20 and found["degraded"] == 0.0
     assert 0.0 < found["route_ms"]["p50"] <= found["route_ms"]["p99"] <= found["route_ms"]["max"] < 5_000
     assert 0.0 < found["healthz_ms"]["p50"] < 1_000
+
+
+def test_the_service_under_load_beside_a_bare_endpoint(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    options = ("--data", data_dir, "--bundle", tiny_bundle, "--requests", "9", "--rounds", "1", "--seconds", "1")
+    done = benchmark("load", *options, "--json", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert 0.05 < found["rps_ratio"] < 1.0 < found["p50_ratio"] < 20.0, found  # tiny, and far from quiet
+    assert found["cold_start_s"] < 20.0 and found["memory_mb"]["after_load"] < 300
+    assert found["open_loop"]["p99_ms"] > found["open_loop"]["p50_ms"] > 0.0
+    assert found["vs_paretobandit"]["p50_ratio"] > 10.0
+    assert found["decisions_stored"] > 200

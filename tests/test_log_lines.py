@@ -166,7 +166,7 @@ def test_the_process_that_drains_the_spool_says_it_in_the_same_form(tiny_bundle:
         time.sleep(1.0)
         started.kill()  # the other process ends with it
         said, _ = started.communicate(timeout=60)
-    drained = [line for line in parsed(said, "json") if line["logger"] == "__main__"]
+    drained = [line for line in parsed(said, "json") if line["logger"] == "router_ml.drain"]
     assert drained and "the spool keeps what comes" in str(drained[0]["message"]) and CANARY not in said
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -104,16 +103,10 @@ def test_with_everything_installed_the_answer_is_the_same_and_nothing_heavy_is_i
     assert {**full["answer"], "decision_id": ""} == {**slim["answer"], "decision_id": ""}
 
 
-def test_a_bundle_with_a_transformer_says_what_it_needs(slim_python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    from features.load import load_estimator, save_router
-    from router_ml.bundle import read_bundle
-    from training.encoders import transformer_encoder
-
-    learned = load_estimator(read_bundle(tiny_bundle))
-    requests = dataclasses.replace(learned.featurizer.requests, encoder=transformer_encoder())  # type: ignore[attr-defined]
-    featurizer = dataclasses.replace(learned.featurizer, requests=requests)  # type: ignore[type-var]
-    save_router(tmp_path / "bundle", dataclasses.replace(learned, featurizer=featurizer), {"quality_threshold": 0.5})
-    command = [str(slim_python), "-m", "router_ml.cli", "route", "Hello", "--bundle", str(tmp_path / "bundle")]
+def test_a_bundle_with_a_transformer_says_what_it_needs(
+    slim_python: Path, transformer_bundle: Path, tmp_path: Path
+) -> None:
+    command = [str(slim_python), "-m", "router_ml.cli", "route", "Hello", "--bundle", str(transformer_bundle)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "pip install 'router-ml[transformer]'" in done.stderr and "Traceback" not in done.stderr
