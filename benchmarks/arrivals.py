@@ -130,7 +130,7 @@ def _receive(connection: _Connection) -> str | None:
 @click.option("--rate", type=float, default=500.0, show_default=True, help="Requests a second.")
 @click.option("--closed", is_flag=True, help="No rate: ask again as soon as answered.")
 @click.option("--seconds", type=float, default=10.0, show_default=True)
-@click.option("--connections", type=click.IntRange(1, 500), default=64, show_default=True)
+@click.option("--connections", type=click.IntRange(1, 1000), default=64, show_default=True)
 def main(url: str, bodies: Path, key: str | None, rate: float, closed: bool, seconds: float, connections: int) -> None:
     found = run(
         url, bodies.read_bytes().splitlines(), key=key, rate=None if closed else rate, seconds=seconds,

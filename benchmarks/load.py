@@ -100,7 +100,7 @@ def open_loop(server: Server, bodies: Path, rate: float, seconds: float) -> dict
 
 def overload(server: Server, bodies: Path, rate: float, seconds: float) -> dict[str, Any]:
     """An open loop at a rate that is too high: what is answered, what is turned away, and how long either takes."""
-    command = [*_arrivals(server, bodies, seconds), "--rate", str(rate), "--connections", "400"]
+    command = [*_arrivals(server, bodies, seconds), "--rate", str(rate), "--connections", "900"]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found | {"rate": rate}
 

@@ -66,7 +66,7 @@ class Settings:
     port: int = 8000
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 2 * 1024 * 1024
-    max_waiting: int = 200
+    max_waiting: int = 100
     max_messages: int = 2_000
     max_candidates: int = 1_000
     request_seconds: float = 30.0
