@@ -241,18 +241,25 @@ def show(console: Console, found: dict[str, Any]) -> None:
 @click.option(
     "--bundle", type=click.Path(path_type=Path, exists=True), help="A trained bundle, instead of training one."
 )
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path, exists=True),
+    help="A JSON array of texts of one's own.",
+)
 @click.option("--requests", "count", default=300, show_default=True, type=click.IntRange(3))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=8.0, show_default=True, type=float, help="Of every loop.")
 @click.option("--peer/--no-peer", default=True, show_default=True, help="paretobandit beside our decision.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the results.")
 def main(
-    data: Path, bundle: Path | None, count: int, rounds: int, seconds: float, peer: bool, json_path: Path | None
-) -> None:
+    data: Path, bundle: Path | None, prompts_file: Path | None, count: int, rounds: int, seconds: float, peer: bool,
+    json_path: Path | None,
+) -> None:  # fmt: skip
     console = open_console()
-    if not (data / "catalog.json").is_file():
-        raise click.ClickException(f"no published outcomes in {data}: give --data DIR")
-    prompts = real_prompts(data, count)
+    if (prompts_file is None or bundle is None) and not (data / "catalog.json").is_file():
+        raise click.ClickException(f"no published outcomes in {data}: give --data DIR, or --bundle and --prompts")
+    prompts = real_prompts(data, count) if prompts_file is None else json.loads(prompts_file.read_text())[:count]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if bundle is None:

@@ -284,9 +284,12 @@ def test_the_service_over_http(data_dir: Path, tiny_bundle: Path, tmp_path: Path
     assert 0.0 < found["healthz_ms"]["p50"] < 1_000
 
 
-def test_the_service_under_load_beside_a_bare_endpoint(data_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "load.json"
-    options = ("--data", data_dir, "--bundle", tiny_bundle, "--requests", "9", "--rounds", "1", "--seconds", "1")
+def test_the_service_under_load_beside_a_bare_endpoint(
+    tiny_log: pl.DataFrame, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out, prompts = tmp_path / "load.json", tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(tiny_log["prompt"].unique(maintain_order=True).to_list()))
+    options = ("--prompts", prompts, "--bundle", tiny_bundle, "--requests", "9", "--rounds", "1", "--seconds", "1")
     done = benchmark("load", *options, "--json", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
