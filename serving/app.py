@@ -23,6 +23,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
 from router_ml.store import Store, default_spool
 from serving import endpoints, problems
+from serving.challenger import Challenger
 from serving.connections import BoundedProtocol
 from serving.follower import Follower
 from serving.health import Health
@@ -33,6 +34,7 @@ from serving.routes import Front
 from serving.service import Service
 from serving.sessions import Sessions, StoredSessions
 from serving.settings import Settings
+from serving.shadow import Shadow
 from serving.shared import Shared
 
 if TYPE_CHECKING:
@@ -69,9 +71,14 @@ def create_app(settings: Settings) -> Front:
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
     if follower is not None:
         metrics.registry.register(follower)
+    shadow = None if settings.challenger is None else Shadow(Challenger(settings.challenger), store)
+    if shadow is not None:
+        metrics.registry.register(shadow)
+        with contextlib.suppress(RouterError):  # it is logged and tried again: that is no reason not to start
+            shadow.challenger.reload()
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
-        follower=follower, tracing=_tracing(settings),
+        follower=follower, tracing=_tracing(settings), shadow=shadow,
     )  # fmt: skip
     shared.heard = service.heard
 
@@ -83,16 +90,24 @@ def create_app(settings: Settings) -> Front:
         service.note(live.live, "the start" if follower is None else f"the start, {follower.who}")
         if follower is not None:
             follower.start(live)
-        watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
+        tasks = [live.watch(settings.watch_seconds)] if settings.watch_seconds else []
+        if shadow is not None:
+            challenger = shadow.challenger
+            challenger.loaded = service.note_challenger
+            if challenger.live is not None:
+                service.note_challenger(challenger.live, "the start")
+            tasks += [shadow.run(), *([challenger.watch(settings.watch_seconds)] if settings.watch_seconds else [])]
+        running = [asyncio.create_task(task) for task in tasks]
         yield
         service.draining = True
-        if watcher is not None:
-            watcher.cancel()
+        for task in running:
+            task.cancel()
         if follower is not None:
             await asyncio.to_thread(follower.close)
         stored.close()
-        if live.live.embedding is not None:
-            live.live.embedding.embedder.close()
+        for each in (live.live, None if shadow is None else shadow.challenger.live):
+            if each is not None and each.embedding is not None:
+                each.embedding.embedder.close()
         await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
         if service.tracing is not None:

@@ -74,13 +74,20 @@ class LiveRouter:
     """Holds the `Live` router and follows the bundle's directory (or the link to it) and the policy's file.
 
     Without a file the policy is what `stored` says when a bundle is loaded (None: the default), and `set_policy` since.
+    `what` it holds is for the log's lines.
 
     Raises BundleError or InputError when there is no good bundle and policy to begin with.
     """
 
     def __init__(
-        self, bundle: Path, policy: Path | None = None, stored: Callable[[], Policy | None] = lambda: None
+        self,
+        bundle: Path,
+        policy: Path | None = None,
+        stored: Callable[[], Policy | None] = lambda: None,
+        *,
+        what: str = "bundle",
     ) -> None:
+        self.what = what
         self.bundle = bundle
         self.policy = policy
         self._stored = stored
@@ -110,14 +117,17 @@ class LiveRouter:
                 if bundle is None:
                     self.last_error = str(error)
                     self._retry_at = time.monotonic() + RETRY_SECONDS
-                log.error("kept bundle %s: %s", self.live.router.model_version, error)
+                log.error("kept %s %s: %s", self.what, self.live.router.model_version, error)
                 raise
             self.bundle, self._seen, self.live = bundle or self.bundle, seen, live
             self.changed(live, who)
             self.reloads += 1
             self.last_error = None
             versions = {"model_version": live.router.model_version, "policy_version": live.router.policy.version}
-            log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
+            if self.what == "bundle":
+                log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
+            else:
+                log.info("loaded %s %s", self.what, live.router.model_version)
             return live
 
     def set_policy(self, policy: Policy) -> None:
@@ -166,10 +176,14 @@ class LiveRouter:
         return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog}, embedding)
 
     def _signature(self, bundle: Path | None = None) -> Signature | None:
-        """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
-        try:
-            files = [*sorted((bundle or self.bundle).resolve().iterdir()), *([self.policy] if self.policy else [])]
-            stats = [(str(path), path.stat()) for path in files]
-        except OSError:
-            return None
-        return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+        return signature(bundle or self.bundle, self.policy)
+
+
+def signature(bundle: Path, policy: Path | None = None) -> Signature | None:
+    """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
+    try:
+        files = [*sorted(bundle.resolve().iterdir()), *([policy] if policy else [])]
+        stats = [(str(path), path.stat()) for path in files]
+    except OSError:
+        return None
+    return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)

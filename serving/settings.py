@@ -27,7 +27,8 @@ class Settings:
     followed while the service runs, looked at every `watch_seconds` (0: never). Instead of `bundle`, `model` names a
     registered router as NAME@ALIAS: of the registry at `tracking_uri`, which is asked about every `poll_seconds` where
     the alias points to; the last versions are kept in the folder `cache`, and the last good one is served from there
-    when the registry is away.
+    when the registry is away. `challenger` is the directory of a second bundle, followed, too, which scores what the
+    first one decides and takes the share of the traffic that the policy's `canary` says (None: there is none).
     `store` is an SQLAlchemy URL or the path of an SQLite file. Decisions go to the folder `spool` first (default:
     beside an SQLite file, otherwise `router-ml.spool`), of at most `spool_bytes`, where a power cut loses those of
     `commit_seconds`; from there a process of its own (`drain`; "thread" does without) takes them to the store within as
@@ -55,6 +56,7 @@ class Settings:
     tracking_uri: str = field(default="sqlite:///mlflow.db", repr=False)
     cache: Path = Path("serving-bundle")
     poll_seconds: float = 10.0
+    challenger: Path | None = None
     policy: Path | None = None
     store: str = "router-ml.db"
     store_prompts: Literal["none", "features", "text"] = "features"
