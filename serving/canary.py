@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 
 class Served(NamedTuple):
-    """What is answered, and the bundle that decided it. `other` is the other bundle's decision, where it was needed."""
+    """What is answered, and the bundle that decided it. `other` is the other bundle's decision, where it was needed.
+
+    `later` says that the challenger is to be scored after the answer.
+    """
 
     live: Live
     decision: RouteDecision
     estimate: Estimate
     other: RouteDecision | None = None
+    later: bool = False
 
 
 class Asked(NamedTuple):
@@ -50,7 +54,7 @@ async def decide(
         service.record(served.live, body, asked.request, served.decision, served.estimate)
         if served.other is not None:
             shadow.keep("challenger" if served.live is arms.champion else "champion", served.decision, served.other)
-        else:
+        elif served.later:
             shadow.add(arms, asked.request, asked.session, down, served.decision)
     return served
 
@@ -60,14 +64,14 @@ async def _served(
 ) -> Served:
     policy = arms.champion.router.policy.canary
     if not policy.share:
-        return _champion(service, arms, asked, record=record)
+        return _champion(service, arms, asked, record=record)._replace(later=True)
     request, session = asked.request, asked.session
     assigned = assign(policy, arms.challenger.router.model_version, request, random.random())
     # Within a unit of several requests a session's model tells of the arm, which is no longer random then: the arm is
     # part of the context, as the model is.
     within = assigned.unit != "request" and (session is not None or request.previous_model is not None)
     if within and not assigned.challenger:
-        return _noted(service, shadow, arms, asked, assigned, record=record)
+        return _noted(service, shadow, arms, asked, assigned, record=record)._replace(later=True)
     why, scored = "resting", None
     if not shadow.challenger.resting:
         router = arms.challenger.router if assigned.challenger else arms.quiet_challenger
@@ -106,7 +110,7 @@ def _noted(
     record: bool,
 ) -> Served:
     """The champion's decision in its arm; `scored` is what the challenger prefers, where the arm was random."""
-    live, own, estimate, _ = _champion(service, arms, asked, record=record)
+    live, own, estimate, *_ = _champion(service, arms, asked, record=record)
     if record:
         shadow.canary["champion"] += 1
     other = None if scored is None else scored.decision

@@ -142,7 +142,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     arms = None if service.shadow is None else service.shadow.challenger.arms(live)
     if service.shadow is not None and arms is not None:
         known = canary.Asked(asked, request.headers, session, stand, started)
-        live, decision, estimate, _ = await canary.decide(service, service.shadow, arms, body, known, record=record)
+        live, decision, estimate, *_ = await canary.decide(service, service.shadow, arms, body, known, record=record)
         if record:
             request.scope["decision"] = decision
     elif record:

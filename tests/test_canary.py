@@ -23,7 +23,9 @@ from router_ml.types import RouteRequest
 EASY, HARD = "What is the plural of river cloud engine?", "Prove rigorously that the tensor operator is bounded."
 DIAL = 0.6  # at which the two bundles prefer other models for a hard request, and the same one for an easy one
 MODELS, ARMS = ("frontier", "mid", "hosted", "local"), ("champion", "challenger")
-REWARD = dict(zip([(p, m) for p in (HARD, EASY) for m in MODELS], (0.9, 0.8, 0.3, 0.1, 0.5, 0.9, 0.7, 0.9), strict=True))
+REWARD = dict(
+    zip([(p, m) for p in (HARD, EASY) for m in MODELS], (0.9, 0.8, 0.3, 0.1, 0.5, 0.9, 0.7, 0.9), strict=True)
+)
 
 
 def asked(**fields: Any) -> RouteRequest:
@@ -115,7 +117,7 @@ def test_over_salts_a_tenants_propensity_is_the_frequency(routers: tuple[Router,
         served = replace(preferred, model=model, propensity=probability(preferred, model))
         rows.append((model, mixture(drawn, served, other)))
     counts = Counter(model for model, _ in rows)
-    for model, propensity in set((m, round(p, 12)) for m, p in rows):
+    for model, propensity in {(m, round(p, 12)) for m, p in rows}:
         assert abs(counts[model] / 4000 - propensity) < 4 * math.sqrt(propensity * (1 - propensity) / 4000)
     assert len(counts) == 4 == len({(m, round(p, 12)) for m, p in rows})
 
@@ -191,10 +193,9 @@ def test_the_log_of_both_arms_values_any_policy(
             if target == "uniform"
             else sum(probability(preferred[target][prompt], m) * REWARD[prompt, m] for m in MODELS)
         )
-    errors = np.array(values) - np.array(truth)
-    print(errors.mean(), errors.std() / math.sqrt(len(errors)), np.mean(plain), np.mean(truth))
-    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(len(errors))
-    assert abs(np.mean(plain) - np.mean(truth)) > 3 * abs(errors.mean())  # what is served is not what is asked about
+    for estimates, unbiased in ((values, True), (plain, False)):  # what is served is not what is asked about
+        errors = np.array(estimates) - np.array(truth)
+        assert (abs(errors.mean()) < 5 * errors.std() / math.sqrt(len(errors))) is unbiased
 
 
 def test_a_session_stays_in_its_arm(tiny_bundle: Path, sparse_bundle: Path, tmp_path: Path) -> None:
@@ -205,7 +206,10 @@ def test_a_session_stays_in_its_arm(tiny_bundle: Path, sparse_bundle: Path, tmp_
             for _ in range(3):
                 body = {"messages": talk, "session": f"s{i}", "min_probability": DIAL}
                 assert live.http.post("/route", json=body).status_code == 200
-                talk += [{"role": "assistant", "content": "It is."}, {"role": "user", "content": "And the adjoint one?"}]
+                talk += [
+                    {"role": "assistant", "content": "It is."},
+                    {"role": "user", "content": "And the adjoint one?"},
+                ]
         rows = live.decisions()
     by_session: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
