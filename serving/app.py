@@ -71,11 +71,9 @@ def create_app(settings: Settings) -> Front:
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
     if follower is not None:
         metrics.registry.register(follower)
-    shadow = None if settings.challenger is None else Shadow(Challenger(settings.challenger), store)
+    shadow = _shadow(settings, store)
     if shadow is not None:
         metrics.registry.register(shadow)
-        with contextlib.suppress(RouterError):  # it is logged and tried again: that is no reason not to start
-            shadow.challenger.reload()
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
         follower=follower, tracing=_tracing(settings), shadow=shadow,
@@ -96,14 +94,22 @@ def create_app(settings: Settings) -> Front:
             challenger.loaded = service.note_challenger
             if challenger.live is not None:
                 service.note_challenger(challenger.live, "the start")
-            tasks += [shadow.run(), *([challenger.watch(settings.watch_seconds)] if settings.watch_seconds else [])]
+            tasks.append(shadow.run())
+            if challenger.follower is not None:
+                try:
+                    challenger.follower.begin(challenger)
+                except RouterError as error:
+                    log.error("the challenger is not followed: %s", error)
+            elif settings.watch_seconds:
+                tasks.append(challenger.watch(settings.watch_seconds))
         running = [asyncio.create_task(task) for task in tasks]
         yield
         service.draining = True
         for task in running:
             task.cancel()
-        if follower is not None:
-            await asyncio.to_thread(follower.close)
+        for following in (follower, None if shadow is None else shadow.challenger.follower):
+            if following is not None:
+                await asyncio.to_thread(following.close)
         stored.close()
         for each in (live.live, None if shadow is None else shadow.challenger.live):
             if each is not None and each.embedding is not None:
@@ -158,6 +164,18 @@ def _tracing(settings: Settings) -> Tracing | None:
         log.warning("no traces, although OTEL_EXPORTER_OTLP_ENDPOINT is set: %s", need)  # a whole cluster's setting
         return None
     return Tracing(settings.otlp_endpoint)
+
+
+def _shadow(settings: Settings, store: Store) -> Shadow | None:
+    """What scores requests with a challenger; None where there is to be none."""
+    if settings.followed_challenger is not None:
+        return Shadow(Challenger(follower=Follower(settings.followed_challenger)), store)
+    if settings.challenger is None:
+        return None
+    challenger = Challenger(settings.challenger)
+    with contextlib.suppress(RouterError):  # it is logged and tried again: that is no reason not to start
+        challenger.reload()
+    return Shadow(challenger, store)
 
 
 def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:

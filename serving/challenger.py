@@ -18,6 +18,7 @@ from pathlib import Path
 
 from router_ml.errors import InputError, RouterError
 from router_ml.router import Router
+from serving.follower import Follower
 from serving.live import RETRY_SECONDS, Live, LiveRouter, signature
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,16 @@ def _never() -> float:
 class Challenger:
     """What is known of the challenger. `load` and `reload` may be called from any thread, the rest from the event loop.
 
-    `folder` is followed (None: whoever follows an alias calls `reload`). `load_error` says why the last load failed,
+    `folder` is followed, or a registry's alias by `follower`. `load_error` says why the last load failed,
     `misfit` why it cannot be held under the policy in force.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, follower: Follower | None = None) -> None:
         self.folder = folder
+        self.follower = follower
         self.loaded: Callable[[Live, str], None] = lambda live, who: None
         """Told of each challenger that takes another's place, and who put it there."""
-        self.load_error: str | None = "it has not been loaded yet"
+        self.load_error: str | None = "it has not been loaded yet" if follower is None else None
         self.misfit: str | None = None
         self._holder: LiveRouter | None = None
         self._lock = threading.Lock()
@@ -61,14 +63,15 @@ class Challenger:
         self._rests_until = 0.0
 
     @property
-    def model_version(self) -> str | None:
-        """The version of the bundle; None while there is none."""
-        return None if self._holder is None else self._holder.live.router.model_version
+    def live(self) -> Live | None:
+        """The bundle; None while there is none, or its alias is gone."""
+        gone = self.follower is not None and self.follower.gone
+        return None if self._holder is None or gone else self._holder.live
 
     @property
-    def live(self) -> Live | None:
-        """The bundle; None while there is none."""
-        return None if self._holder is None else self._holder.live
+    def model_version(self) -> str | None:
+        """The version of the bundle; None while there is none."""
+        return None if (live := self.live) is None else live.router.model_version
 
     @property
     def resting(self) -> bool:
@@ -79,6 +82,8 @@ class Challenger:
     def degraded(self) -> bool:
         """Whether there is none although there should be one, the last load failed, or it is left alone."""
         failed = self.load_error is not None or (self._holder is not None and self._holder.last_error is not None)
+        if self.follower is not None and self.follower.last_error is not None:
+            failed = not self.follower.gone  # nobody has to have a challenger
         return failed or self.misfit is not None or self.resting
 
     def reload(self, bundle: Path | None = None, who: str = "the files") -> Live:
@@ -125,9 +130,9 @@ class Challenger:
 
     def arms(self, champion: Live) -> Arms | None:
         """Champion and challenger for one request; None where there is none to hold against this champion."""
-        if self._holder is None:
+        challenger = self.live
+        if challenger is None:
             return None
-        challenger = self._holder.live
         if self._tried is None or self._tried[0] is not champion or self._tried[1] is not challenger:
             self._tried = champion, challenger
             self._arms = self._pair(champion, challenger)

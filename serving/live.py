@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from router_ml.errors import BundleError, NoEligibleModelError, RouterError
 from router_ml.policy import Policy
@@ -28,6 +28,19 @@ SETTLE_SECONDS = 0.1  # files that have changed are read when they have been lef
 SETTLE_LOOKS = 50
 WARM_UP = RouteRequest(messages=(Message("user", "Which of these two numbers is larger, 9.11 or 9.9?"),))
 Signature = tuple[tuple[str, int, int, int], ...]
+
+
+class Holder(Protocol):
+    """What keeps a bundle, as who brings another one sees it."""
+
+    @property
+    def model_version(self) -> str | None:
+        """The version of the bundle that it holds."""
+        ...
+
+    def reload(self, bundle: Path | None = None, who: str = "the files") -> object:
+        """Takes another one, or raises BundleError or InputError and keeps what it has."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,11 @@ class LiveRouter:
         self._seen = self._signature()
         self._retry_at = 0.0
         self.live = self._load(bundle)
+
+    @property
+    def model_version(self) -> str:
+        """The version of the bundle."""
+        return self.live.router.model_version
 
     def reload(self, bundle: Path | None = None, who: str = "the files") -> Live:
         """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in for `who`.

@@ -195,7 +195,7 @@ def test_the_log_of_both_arms_values_any_policy(
         )
     for estimates, unbiased in ((values, True), (plain, False)):  # what is served is not what is asked about
         errors = np.array(estimates) - np.array(truth)
-        assert (abs(errors.mean()) < 5 * errors.std() / math.sqrt(len(errors))) is unbiased
+        assert bool(abs(errors.mean()) < 5 * errors.std() / math.sqrt(len(errors))) is unbiased
 
 
 def test_a_session_stays_in_its_arm(tiny_bundle: Path, sparse_bundle: Path, tmp_path: Path) -> None:
