@@ -93,18 +93,22 @@ class Shadow:
         """Scores what is queued; runs until it is cancelled."""
         while True:
             while self._jobs:
-                job = self._jobs.popleft()
-                if time.monotonic() > job.at + LATE_SECONDS:
-                    self._shed["late"] += 1
-                    continue
-                try:
-                    await self._score(job)
-                except Exception as error:  # noqa: BLE001 (nothing may end the task)
-                    self._failed["error"] += 1
-                    log.error("a shadow decision was not kept: %s", type(error).__name__)
+                await self.score_next()
                 await asyncio.sleep(0)
             self._wake.clear()
             await self._wake.wait()
+
+    async def score_next(self) -> None:
+        """Scores what has been in the queue for longest, or sheds it."""
+        job = self._jobs.popleft()
+        if time.monotonic() > job.at + LATE_SECONDS:
+            self._shed["late"] += 1
+            return
+        try:
+            await self._score(job)
+        except Exception as error:  # noqa: BLE001 (nothing may end the task)
+            self._failed["error"] += 1
+            log.error("a shadow decision was not kept: %s", type(error).__name__)
 
     async def _score(self, job: Job) -> None:
         made = await self.decide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from live_service import Running, process, running, wait_for
 
 import serving.shadow
+from benchmarks.shadow import measure
 from features.load import load_router
 from router_ml.canary import probability
 from router_ml.conversation import request_of
@@ -20,6 +22,8 @@ from router_ml.shadow import shadow_row
 from router_ml.store import Store
 from router_ml.types import Estimate, RouteRequest
 from serving.challenger import Challenger
+from serving.live import LiveRouter
+from serving.shadow import Shadow
 
 EASY, HARD = "What is the plural of river cloud engine?", "Prove rigorously that the tensor operator is bounded."
 DIAL = 0.6
@@ -245,6 +249,19 @@ def test_the_command_line_and_a_killed_process(tiny_bundle: Path, sparse_bundle:
     wait_for(lambda: len(list(store.decisions())) == 20)
     assert 0 < scored <= len(list(store.shadows())) <= 20
     store.close()
+
+
+def test_a_shadow_costs_about_what_a_decision_does(tiny_bundle: Path, sparse_bundle: Path, tmp_path: Path) -> None:
+    """The bar is 1.5, which docs/benchmarks.md has the figure for; on a machine that others use, a median may waver."""
+    challenger, store = Challenger(sparse_bundle), Store(str(tmp_path / "store.db")).start()
+    challenger.reload()
+    arms = challenger.arms(LiveRouter(tiny_bundle).live)
+    assert arms is not None
+    requests = [request_of(prompt=f"{prompt} {i}", min_probability=DIAL) for i in range(20) for prompt in (EASY, HARD)]
+    found = asyncio.run(measure(arms, Shadow(challenger, store), requests, 10, 0.2))
+    assert store.flush() and len(list(store.shadows())) == 400
+    store.close()
+    assert found["overhead"] < 2.0, found
 
 
 def test_what_is_loaded_is_only_a_bundle(tmp_path: Path) -> None:
