@@ -68,6 +68,8 @@ def create_app(settings: Settings) -> Front:
     unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
+    if live.live.router.policy.canary.share and settings.challenger is None and settings.challenger_alias is None:
+        log.warning("the policy has a canary, and the service no challenger: give --challenger or --challenger-alias")
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
     if follower is not None:
         metrics.registry.register(follower)

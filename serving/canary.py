@@ -143,5 +143,7 @@ def _challenger(
     decision = replace(own, propensity=over_the_draw, arm=assigned.arm(own.propensity))
     if record:
         shadow.canary["challenger"] += 1
-        service.decided(arms.challenger, request, asked.headers, decision, *scored.took, scored.began)
+        if scored.late is not None:
+            service.metrics.degraded(scored.late)
+        service.decided(arms.challenger, champion, request, asked.headers, decision, *scored.took, scored.began)
     return Served(arms.challenger, decision, scored.estimate, other)

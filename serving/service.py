@@ -192,12 +192,13 @@ class Service:
         if stand is not None and stand.late is not None:
             self.metrics.degraded(stand.late)
         started, estimated = marks
-        self.decided(live, asked, headers, decision, estimated - started, clock() - estimated, began)
+        self.decided(live, live, asked, headers, decision, estimated - started, clock() - estimated, began)
         return decision, estimate
 
     def decided(
         self,
         live: Live,
+        champion: Live,
         asked: RouteRequest,
         headers: Mapping[str, str],
         decision: RouteDecision,
@@ -205,8 +206,8 @@ class Service:
         choose_s: float,
         began: int,
     ) -> None:
-        """Counts and traces a decision of `live`, which began at a time in ns since 1970."""
-        self.metrics.decided(asked, decision, live.router, estimate_s, choose_s)
+        """Counts and traces a decision of `live`, begun at a time in ns since 1970; its baseline is the champion's."""
+        self.metrics.decided(asked, decision, champion.router, estimate_s, choose_s)
         if self.tracing is not None:
             tier = tier_of(asked, live.router.policy)
             self.tracing.decided(headers, asked, decision, live.providers[decision.model], tier, began)

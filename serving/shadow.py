@@ -24,6 +24,7 @@ from router_ml.shadow import Bundle, shadow_row
 from router_ml.store import Store
 from router_ml.types import Estimate, RouteDecision, RouteRequest
 from serving.challenger import Arms, Challenger
+from serving.embedding import Late, Stand
 from serving.live import Live
 from serving.timing import Durations
 
@@ -51,12 +52,16 @@ class Job(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The challenger's decision: `took` so many seconds to estimate and to choose, from `began` (ns since 1970)."""
+    """The challenger's decision: `took` so many seconds to estimate and to choose, from `began` (ns since 1970).
+
+    `late` says why its twin made it, where it did.
+    """
 
     decision: RouteDecision
     estimate: Estimate
     took: tuple[float, float]
     began: int
+    late: Late | None
 
 
 class Shadow:
@@ -131,15 +136,19 @@ class Shadow:
         """The challenger's decision, or in a word why there is none. `router` is that of `live`, exploring or not."""
         began, clock = time.time_ns(), time.perf_counter
         marks: list[float] = []
+        stand: Stand | None = None
         try:
-            estimator = None
             if live.embedding is not None:
-                within = live.embedding.estimator(asked, embed_seconds)
+                embedded = live.embedding.estimator(asked, embed_seconds)
                 # Without a twin it would wait for as long as the embedding takes.
-                estimator = (await asyncio.wait_for(within, 1.2 * embed_seconds)).estimator
+                stand = await (embedded if live.router.twin else asyncio.wait_for(embedded, embed_seconds))
             marks.append(clock())
             decision, estimate = router.decide_with_estimate(
-                asked, down, session, estimator=estimator, estimated=lambda: marks.append(clock())
+                asked,
+                down,
+                session,
+                estimator=None if stand is None else stand.estimator,
+                estimated=lambda: marks.append(clock()),
             )
             marks.append(clock())
         except NoEligibleModelError:
@@ -152,7 +161,8 @@ class Shadow:
         started, estimated, chosen = marks
         self.challenger.took(chosen - started)
         self._seconds.observe(chosen - started)
-        return Scored(decision, estimate, (estimated - started, chosen - estimated), began)
+        late = None if stand is None else stand.late
+        return Scored(decision, estimate, (estimated - started, chosen - estimated), began, late)
 
     def keep(self, bundle: Bundle, served: RouteDecision, shadow: RouteDecision) -> None:
         """Counts and stores what `bundle` would have decided beside what was served."""

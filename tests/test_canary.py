@@ -205,7 +205,9 @@ def test_a_session_stays_in_its_arm(tiny_bundle: Path, sparse_bundle: Path, tmp_
             talk = [{"role": "user", "content": HARD}]
             for _ in range(3):
                 body = {"messages": talk, "session": f"s{i}", "min_probability": DIAL}
-                assert live.http.post("/route", json=body).status_code == 200
+                told = [live.http.post(path, json=body).json() for path in ("/route/preview", "/route")]
+                assert told[0]["model_version"] == told[1]["model_version"]
+                assert told[0]["propensity"] == told[1]["propensity"]
                 talk += [
                     {"role": "assistant", "content": "It is."},
                     {"role": "user", "content": "And the adjoint one?"},

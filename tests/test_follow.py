@@ -446,3 +446,14 @@ def test_a_second_alias_is_followed_for_the_challenger(
         promote(registry, NAME, OTHER, "live")
         wait_for(lambda: live.http.get("/readyz").json()["model_version"] == version)
         assert scored() == 2 and state() == (version, [])
+        promote(registry, NAME, GOOD, "next")  # it has a model that the champion does not know
+        wait_for(lambda: state()[0] not in (version, None))
+        assert live.http.put("/policy", json={"canary": {"share": 1.0}}).status_code == 200
+        hard = {"prompt": "Prove rigorously that the tensor operator is bounded.", "min_probability": 0.6}
+        answer = live.http.post("/route", json=hard).json()
+        assert (answer["model"], answer["model_version"]) == ("mid", state()[0])
+        told = {"decision_id": answer["decision_id"], "quality": 1.0}
+        assert live.http.post("/outcomes", json=told | {"status": "ok"}).status_code == 200
+        assert live.metric('router_outcomes_total{model="mid",status="ok"}') == 1.0
+        assert live.service.health.states()["model", "mid"] == "closed"
+        assert live.http.put("/models/mid/health", json={"state": "open"}).status_code == 200
