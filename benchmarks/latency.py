@@ -106,7 +106,7 @@ def measure(router: Router, requests: list[RouteRequest], repeats: int) -> dict[
     return {
         "decide_us": whole,
         "first_sight_us": first_sight,
-        "stages_us": {name: _percentiles(v) for name, v in stages.items()},
+        "stages_us": {name: percentiles(v) for name, v in stages.items()},
     }
 
 
@@ -124,7 +124,7 @@ def _first_sight(router: Router, requests: list[RouteRequest]) -> dict[str, floa
         started = time.perf_counter_ns()
         router.decide(request)
         taken.append(time.perf_counter_ns() - started)
-    return _percentiles(taken)
+    return percentiles(taken)
 
 
 def _time(calls: list[Callable[[], object]], repeats: int) -> dict[str, Any]:
@@ -150,9 +150,9 @@ def _time(calls: list[Callable[[], object]], repeats: int) -> dict[str, Any]:
     blocks.sort(key=lambda block: block[0])
     quiet = blocks[: BLOCKS // 3]
     return {
-        **_percentiles([t for _, taken in blocks for t in taken]),
+        **percentiles([t for _, taken in blocks for t in taken]),
         "reference_us": [round(reference) for reference, _ in blocks],
-        "quiet": {**_percentiles([t for _, taken in quiet for t in taken]), "reference_us": round(quiet[-1][0])},
+        "quiet": {**percentiles([t for _, taken in quiet for t in taken]), "reference_us": round(quiet[-1][0])},
     }
 
 
@@ -168,7 +168,7 @@ def reference_us() -> float:
     return float(np.median(taken)) / 1000.0
 
 
-def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
+def percentiles(nanoseconds: list[int]) -> dict[str, float]:
     values = np.array(nanoseconds) / 1000.0
     return {
         "p50": float(np.percentile(values, 50)),
@@ -177,13 +177,11 @@ def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
     }
 
 
-def _one_thread() -> None:
-    """Starts this process again with one thread, as the service runs: numpy and LightGBM read it when they load."""
+def one_thread(module: str) -> None:
+    """Starts this process again as `module` with one thread, as the service runs: libraries read it when they load."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     if any(os.environ.get(name) != "1" for name in threads):
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.latency", *sys.argv[1:]], {**os.environ, **threads}
-        )
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **threads})
 
 
 def _cards(folder: Path) -> Catalog:
@@ -200,7 +198,7 @@ def _cards(folder: Path) -> Catalog:
 @click.option("--encoder", default="static", type=click.Choice(ENCODERS), show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the results.")
 def main(data: Path, bundle: Path | None, count: int, repeats: int, encoder: str, json_path: Path | None) -> None:
-    _one_thread()
+    one_thread("benchmarks.latency")
     console = Console()
     if not (data / "catalog.json").is_file():
         raise click.ClickException(f"no published outcomes in {data}: give --data DIR")

@@ -18,7 +18,7 @@ from router_ml.errors import InputError
 from router_ml.router import new_id
 from router_ml.tables import CHANGES, DECISIONS
 
-KINDS = ("model", "policy", "keys")
+KINDS = ("model", "policy", "keys", "challenger")
 _NEWEST = (CHANGES.c.time_us.desc(), CHANGES.c.change_id.desc())
 _PAGE = 1_000
 
@@ -69,7 +69,7 @@ def catalogs(noted: Iterable[Mapping[str, Any]]) -> dict[str, list[Catalog]]:
     """By model version, the catalogues that it was served with, from the noted changes."""
     found: dict[str, list[Catalog]] = {}
     for change in noted:
-        if change["kind"] == "model":
+        if change["kind"] in ("model", "challenger"):  # a canary is served by either
             catalog = Catalog.from_json({"models": change["after"]["models"]}, "the audit log")
             found.setdefault(change["after"]["model_version"], []).append(catalog)
     return found

@@ -25,13 +25,13 @@ import sqlalchemy as sa
 
 from router_ml import log_lines
 from router_ml.spool import Reader, abandoned
-from router_ml.tables import OUTCOMES, insert_decisions, insert_new, open_database
+from router_ml.tables import OUTCOMES, SHADOWS, insert_decisions, insert_new, open_database
 
 log = logging.getLogger(__name__)
 BATCH = 500  # records a commit
 RETRY_SECONDS = (0.1, 5.0)  # the first and the longest pause after the database refused a batch
 ADOPT_SECONDS = 30.0
-DECISION, OUTCOME = "decision", "outcome"
+DECISION, OUTCOME, SHADOW = "decision", "outcome", "shadow"
 encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]]).decode
 
@@ -84,7 +84,7 @@ class Drainer:
             reader.torn = 0
             if not records:
                 return True
-            rows: dict[str, list[dict[str, Any]]] = {DECISION: [], OUTCOME: []}
+            rows: dict[str, list[dict[str, Any]]] = {DECISION: [], OUTCOME: [], SHADOW: []}
             for record in records:
                 try:
                     kind, row = _decode(record)
@@ -94,8 +94,8 @@ class Drainer:
             try:
                 if self._engine is None:
                     self._engine = open_database(self.url)
-                self._commit(self._engine, DECISION, rows[DECISION])
-                self._commit(self._engine, OUTCOME, rows[OUTCOME])
+                for kind, found in rows.items():
+                    self._commit(self._engine, kind, found)
             except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the draining)
                 self.progress.failures += 1
                 said = refusal(error)
@@ -116,11 +116,13 @@ class Drainer:
             return
         try:
             with engine.begin() as connection:
+                stored: Mapping[str, tuple[str, str]] = {}
                 if kind == DECISION:
                     insert_decisions(connection, rows)
-                    stored: Mapping[str, tuple[str, str]] = {}
-                else:
+                elif kind == OUTCOME:
                     stored = store_outcomes(connection, rows)
+                else:
+                    connection.execute(insert_new(connection.dialect, SHADOWS), rows)
         except Exception as error:
             if not is_bad_row(error):
                 raise

@@ -21,6 +21,10 @@ class RegistryError(RouterError):
     """The model registry is unreachable or does not hold what was asked for."""
 
 
+class NoAliasError(RegistryError):
+    """The registry answers, and the model has no such alias."""
+
+
 class NoEligibleModelError(RouterError):
     """No candidate satisfies the request's hard constraints; `excluded` says why, per model."""
 

@@ -23,13 +23,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from router_ml import log_lines, registry
 from router_ml.bundle import read_bundle, swap
-from router_ml.errors import BundleError, RegistryError, RouterError
+from router_ml.errors import BundleError, NoAliasError, RegistryError, RouterError
 
 VERSIONS, CURRENT, INCOMING = "versions", "current", "incoming"
 KEEP = 3  # versions on disk, the served one among them: a rollback need not download
@@ -63,7 +63,8 @@ class Report:
     "looking" and "downloading" say that it is at work and may take `next_s` seconds, besides what any answer takes.
     "ready" says that the alias points to `version`, whose files are in the cache and verified and are the bundle of
     version `bundle`; "failed" why there is none, and whether it was `tried` or is only said again. After these the next
-    report comes within `next_s`. `asked` is the latest request that this answers.
+    report comes within `next_s`. `asked` is the latest request that this answers. `gone` says that the registry has no
+    such alias.
     """
 
     event: Literal["looking", "downloading", "ready", "failed"]
@@ -73,6 +74,7 @@ class Report:
     tried: bool = True
     next_s: float = 0.0
     asked: int = 0
+    gone: bool = False
 
 
 class Backoff:
@@ -108,7 +110,7 @@ def follow(followed: Followed, asked: queue.Queue[dict[str, Any]], say: Callable
         number = command.get("asked", number)
         verified = None if "check" in command else verified
         say(Report(event="looking", next_s=allowed))
-        version, allowed = None, 0.0
+        version, allowed, gone = None, 0.0, False
         try:
             version, stated = _resolve(followed)
             failures = 0
@@ -118,7 +120,7 @@ def follow(followed: Followed, asked: queue.Queue[dict[str, Any]], say: Callable
                 verified = _have(followed, version, stated, verified, say)
                 bad.succeeded(version)
         except Exception as error:  # noqa: BLE001 (whatever MLflow makes of a registry's answer must not end this)
-            reason, tried = _said(error, followed), True
+            reason, tried, gone = _said(error, followed), True, isinstance(error, NoAliasError)
             if version is None:
                 failures += 1
             else:
@@ -126,7 +128,10 @@ def follow(followed: Followed, asked: queue.Queue[dict[str, Any]], say: Callable
         pause = followed.poll_seconds * 2.0 ** min(failures, MOST_DOUBLINGS) * random.uniform(0.9, 1.1)
         event: Literal["ready", "failed"] = "ready" if reason is None else "failed"
         bundle = verified[1] if reason is None and verified else None
-        say(Report(event=event, version=version, bundle=bundle, error=reason, tried=tried, next_s=pause, asked=number))
+        said = Report(
+            event=event, version=version, bundle=bundle, error=reason, tried=tried, next_s=pause, asked=number
+        )
+        say(replace(said, gone=gone))
         command = _wait(asked, pause)
 
 

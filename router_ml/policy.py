@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from router_ml.canary import CanaryPolicy
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.session import SessionPolicy
@@ -55,7 +56,7 @@ class Policy:
     `keys` maps a key to the models it may use (a key that is not listed may use all). `unmet` says what happens when
     no candidate meets the dial: the most probable one, or `default_model`. `exploration_rate` is the share of requests
     that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done.
-    `session` says when a conversation leaves its model.
+    `session` says when a conversation leaves its model, `canary` how much of the traffic a challenger decides.
     """
 
     tiers: Mapping[str, float | Dial] = field(default_factory=lambda: dict(DEFAULT_TIERS))
@@ -68,6 +69,7 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
     session: SessionPolicy = field(default_factory=SessionPolicy)
+    canary: CanaryPolicy = field(default_factory=CanaryPolicy)
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class Policy:
             "rules": [{"model": r.model, "task": r.task, "tenant": r.tenant} for r in self.rules],
             "keys": {key: {"models": sorted(models)} for key, models in self.keys.items()},
             "session": asdict(self.session),
+            # Left out while it is the default: versions of policies without one stay, and older programs read them.
+            **({} if self.canary == CanaryPolicy() else {"canary": asdict(self.canary)}),
         }
 
     @classmethod
@@ -110,6 +114,8 @@ class Policy:
                 values["keys"] = {str(k): _key_models(str(k), v) for k, v in _table("keys", values["keys"]).items()}
             if "session" in values:
                 values["session"] = SessionPolicy.from_table(_table("session", values["session"]))
+            if "canary" in values:
+                values["canary"] = CanaryPolicy.from_table(_table("canary", values["canary"]))
             return cls(**values)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router_ml.bundle import MANIFEST, check_replaceable, swap
-from router_ml.errors import RegistryError
+from router_ml.errors import NoAliasError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +63,7 @@ def resolve(uri: str, name: str, alias: str = CHAMPION) -> ModelVersion:
         model = _registered(client, uri, name)
         if alias not in model.aliases:
             known = ", ".join(sorted(model.aliases)) or "none yet"
-            raise RegistryError(
+            raise NoAliasError(
                 f"model {name!r} in {shown(uri)} has no alias {alias!r} (it has: {known}): "
                 f"promote a version to it first, or name another alias"
             )

@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
     help="Where versions of --model are kept: the last good one serves while the registry is away.",
 )  # fmt: skip
 @click.option("--poll-seconds", default=10.0, show_default=True, help="How often the registry is asked for --model.")
+@click.option(
+    "--challenger", type=PathArg,
+    help="A second bundle directory: scored beside the first, and served as the policy's canary says.",
+)  # fmt: skip
+@click.option("--challenger-alias", help="With --model: an alias of the same model whose version is the challenger.")
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
 @click.option(
     "--store", default="router-ml.db", show_default=True, envvar="ROUTER_ML_STORE",
@@ -64,11 +69,11 @@ log = logging.getLogger(__name__)
 )
 @TRACKING
 def serve(
-    bundle: Path | None, model: str | None, cache: Path, poll_seconds: float, policy: Path | None, store: str,
-    spool: Path | None, store_prompts: str, host: str, port: int, api_keys: Path | None, max_body_bytes: int,
-    max_messages: int, max_candidates: int, request_seconds: float, session_seconds: float,
-    embed_deadline_ms: float, drain_seconds: float, baseline_model: str | None, log_format: str,
-    otlp_endpoint: str | None, tracking_uri: str,
+    bundle: Path | None, model: str | None, cache: Path, poll_seconds: float, challenger: Path | None,
+    challenger_alias: str | None, policy: Path | None, store: str, spool: Path | None, store_prompts: str,
+    host: str, port: int, api_keys: Path | None, max_body_bytes: int, max_messages: int, max_candidates: int,
+    request_seconds: float, session_seconds: float, embed_deadline_ms: float, drain_seconds: float,
+    baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -83,7 +88,8 @@ def serve(
     try:
         settings = Settings(
             bundle=bundle, model=model, tracking_uri=tracking_uri, cache=cache, poll_seconds=poll_seconds,
-            policy=policy, store=store, spool=spool, store_prompts=store_prompts,  # type: ignore[arg-type]
+            challenger=challenger, challenger_alias=challenger_alias, policy=policy, store=store, spool=spool,
+            store_prompts=store_prompts,  # type: ignore[arg-type]
             host=host, port=port, session_seconds=session_seconds, embed_deadline_ms=embed_deadline_ms,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
             max_body_bytes=max_body_bytes, max_messages=max_messages, max_candidates=max_candidates,

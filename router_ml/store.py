@@ -21,14 +21,14 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from router_ml import audit
-from router_ml.drain import DECISION, Progress, encode
+from router_ml.drain import DECISION, SHADOW, Progress, encode
 from router_ml.draining import Draining, DrainProcess, DrainThread
 from router_ml.errors import UnreachableError
 from router_ml.outcome_queue import OutcomeQueue, Receipt
 from router_ml.spool import Spool
 from router_ml.stored import counts, find_decision, log_rows, pages, session_model
 from router_ml.stored_features import pack_features
-from router_ml.tables import DECISIONS, OUTCOMES, decision_row, open_database
+from router_ml.tables import DECISIONS, OUTCOMES, SHADOWS, decision_row, open_database
 from router_ml.types import CandidateFeatures, Outcome, RouteDecision, RouteRequest
 
 log = logging.getLogger(__name__)
@@ -186,13 +186,23 @@ class Store:
         row = decision_row(request, decision)
         row["provider"], row["prompt"], row["messages"], row["tools"] = provider, prompt, messages, tools
         row["features"] = None if features is None else pack_features(features)
+        return self._append(self.spool, DECISION, row)
+
+    def record_shadow(self, row: Mapping[str, Any]) -> bool:
+        """Appends a `shadow.shadow_row` to the spool; False when it was dropped because that has no room."""
+        if self._closing or self.spool is None:
+            self._dropped += 1
+            return False
+        return self._append(self.spool, SHADOW, row)
+
+    def _append(self, spool: Spool, kind: str, row: Mapping[str, Any]) -> bool:
         try:
-            packed = encode((DECISION, row))
+            packed = encode((kind, row))
         except (ValueError, OverflowError) as error:  # half a character, a number without bounds
             self._dropped += 1
-            log.error("dropped a decision that cannot be stored: %s", type(error).__name__)
+            log.error("dropped a %s that cannot be stored: %s", kind, type(error).__name__)
             return False
-        return self.spool.append(packed)
+        return spool.append(packed)
 
     def add_outcome(
         self, outcome: Outcome, *, idempotency_key: str | None = None, key: str | None = None
@@ -220,6 +230,10 @@ class Store:
     def decisions(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The decisions from `since_us` (microseconds since 1970) on, oldest first, as the table's columns."""
         return (row for page in pages(self._engine, DECISIONS, since_us) for row in page)
+
+    def shadows(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
+        """What the other bundle would have decided, from `since_us` on, oldest first, as the table's columns."""
+        return (row for page in pages(self._engine, SHADOWS, since_us) for row in page)
 
     def decision(self, decision_id: str) -> dict[str, Any] | None:
         """One stored decision as the table's columns; None where it is not known."""

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from router_ml.tables import DECISIONS, OUTCOMES
-from router_ml.types import Candidate, Outcome, RouteDecision
+from router_ml.types import Arm, Candidate, Outcome, RouteDecision
 
 PAGE = 500
 REPORTED = (
@@ -121,7 +121,9 @@ def decision_of_row(row: Mapping[str, Any]) -> RouteDecision:
         Candidate(c["model"], *(number(c.get(name)) for name in Candidate._fields[1:])) for c in row["candidates"]
     )
     kept = {field.name: row[field.name] for field in fields(RouteDecision) if field.name in row}
-    return RouteDecision(**kept | {"candidates": candidates, "degraded": bool(row["degraded"])})
+    named = row["arm"] is not None
+    arm = Arm(row["arm"], *(row[f"arm_{name}"] for name in Arm._fields[1:])) if named else None
+    return RouteDecision(**kept | {"candidates": candidates, "degraded": bool(row["degraded"]), "arm": arm})
 
 
 def counts(engine: sa.Engine) -> dict[str, int]:

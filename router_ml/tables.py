@@ -49,6 +49,11 @@ DECISIONS = sa.Table(
     sa.Column("stayed", sa.Boolean),
     sa.Column("cached_tokens", sa.Float),
     sa.Column("degraded", sa.Boolean),  # whether the twin estimated
+    sa.Column("arm", sa.String),  # of a canary, see `types.Arm`
+    sa.Column("arm_unit", sa.String),
+    sa.Column("arm_share", sa.Float),
+    sa.Column("arm_propensity", sa.Float),
+    sa.Column("arm_cluster", sa.String),
 )
 _NO_VALUES = dict.fromkeys(DECISIONS.columns.keys())  # for what an earlier version has left in its spool
 _IN_SESSION = DECISIONS.c.session.is_not(None)
@@ -56,6 +61,24 @@ sa.Index(
     "ix_decisions_session", DECISIONS.c.session, DECISIONS.c.time_us,
     sqlite_where=_IN_SESSION, postgresql_where=_IN_SESSION,
 )  # fmt: skip
+SHADOWS = sa.Table(  # what the other bundle would have decided, see `shadow.shadow_row`
+    "shadows",
+    METADATA,
+    sa.Column("decision_id", sa.String, primary_key=True),
+    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),
+    sa.Column("bundle", sa.String, nullable=False),
+    sa.Column("model_version", sa.String, nullable=False),
+    sa.Column("policy_version", sa.String, nullable=False),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("p_ok", sa.Float),
+    sa.Column("expected_cost_usd", sa.Float),
+    sa.Column("expected_total_cost_usd", sa.Float),
+    sa.Column("propensity", sa.Float, nullable=False),
+    sa.Column("meets_threshold", sa.Boolean, nullable=False),
+    sa.Column("served_probability", sa.Float, nullable=False),
+    sa.Column("served_p_ok", sa.Float),
+    sa.Column("degraded", sa.Boolean, nullable=False),
+)
 OUTCOMES = sa.Table(
     "outcomes",
     METADATA,
@@ -192,7 +215,7 @@ def insert_new(dialect: sa.Dialect, table: sa.Table) -> sqlite.Insert | postgres
 
 def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, Any]:
     """A row for `insert_decisions`, of a decision made now, without its text, features and provider."""
-    return {
+    row = {
         "decision_id": decision.decision_id,
         "time_us": time.time_ns() // 1000,
         "request_id": request.request_id,
@@ -222,6 +245,9 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "cached_tokens": decision.cached_tokens,
         "degraded": decision.degraded,
     }
+    if decision.arm is not None:
+        row |= {"arm": decision.arm.name} | {f"arm_{n}": v for n, v in decision.arm._asdict().items() if n != "name"}
+    return row
 
 
 def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -107,6 +107,20 @@ class Candidate(NamedTuple):
     p_claim: float = math.nan
 
 
+class Arm(NamedTuple):
+    """Which of two bundles made a decision while a canary ran: the "champion" or the "challenger" (`canary`).
+
+    `unit` is what was drawn for ("request", "session", "tenant"), `cluster` names it (None: this request alone) and
+    `share` is the challenger's. `propensity` is that of the choice within the arm; the decision's own is over the draw.
+    """
+
+    name: str
+    unit: str
+    share: float
+    propensity: float
+    cluster: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteDecision:
     """The answer to a `RouteRequest`: the chosen model first in `candidates`, then the fallbacks in order.
@@ -117,7 +131,7 @@ class RouteDecision:
     candidate is cleared for: the request's, or the policy's default. `incumbent` is the model that the session was
     with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
     prompt cache was taken to hold of this request. `degraded` says that the router's twin made the estimates, since its
-    own learner was late.
+    own learner was late. `arm` says which bundle's it is, where a canary ran.
     """
 
     decision_id: str
@@ -137,6 +151,7 @@ class RouteDecision:
     stayed: bool | None = None
     cached_tokens: float | None = None
     degraded: bool = False
+    arm: Arm | None = None
 
     @property
     def chosen(self) -> Candidate:

@@ -23,6 +23,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
 from router_ml.store import Store, default_spool
 from serving import endpoints, problems
+from serving.challenger import Challenger
 from serving.connections import BoundedProtocol
 from serving.follower import Follower
 from serving.health import Health
@@ -33,6 +34,7 @@ from serving.routes import Front
 from serving.service import Service
 from serving.sessions import Sessions, StoredSessions
 from serving.settings import Settings
+from serving.shadow import Shadow
 from serving.shared import Shared
 
 if TYPE_CHECKING:
@@ -66,12 +68,17 @@ def create_app(settings: Settings) -> Front:
     unknown = sorted(set(live.live.router.policy.keys) - set(settings.api_keys))
     if unknown:
         log.warning("the policy limits keys that the service does not know, so nobody: %s", ", ".join(unknown))
+    if live.live.router.policy.canary.share and settings.challenger is None and settings.challenger_alias is None:
+        log.warning("the policy has a canary, and the service no challenger: give --challenger or --challenger-alias")
     metrics = Metrics(live, store, health, shared, settings.baseline_model)
     if follower is not None:
         metrics.registry.register(follower)
+    shadow = _shadow(settings, store)
+    if shadow is not None:
+        metrics.registry.register(shadow)
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
-        follower=follower, tracing=_tracing(settings),
+        follower=follower, tracing=_tracing(settings), shadow=shadow,
     )  # fmt: skip
     shared.heard = service.heard
 
@@ -83,16 +90,32 @@ def create_app(settings: Settings) -> Front:
         service.note(live.live, "the start" if follower is None else f"the start, {follower.who}")
         if follower is not None:
             follower.start(live)
-        watcher = asyncio.create_task(live.watch(settings.watch_seconds)) if settings.watch_seconds else None
+        tasks = [live.watch(settings.watch_seconds)] if settings.watch_seconds else []
+        if shadow is not None:
+            challenger = shadow.challenger
+            challenger.loaded = service.note_challenger
+            if challenger.live is not None:
+                service.note_challenger(challenger.live, "the start")
+            tasks.append(shadow.run())
+            if challenger.follower is not None:
+                try:
+                    challenger.follower.begin(challenger)
+                except RouterError as error:
+                    log.error("the challenger is not followed: %s", error)
+            elif settings.watch_seconds:
+                tasks.append(challenger.watch(settings.watch_seconds))
+        running = [asyncio.create_task(task) for task in tasks]
         yield
         service.draining = True
-        if watcher is not None:
-            watcher.cancel()
-        if follower is not None:
-            await asyncio.to_thread(follower.close)
+        for task in running:
+            task.cancel()
+        for following in (follower, None if shadow is None else shadow.challenger.follower):
+            if following is not None:
+                await asyncio.to_thread(following.close)
         stored.close()
-        if live.live.embedding is not None:
-            live.live.embedding.embedder.close()
+        for each in (live.live, None if shadow is None else shadow.challenger.live):
+            if each is not None and each.embedding is not None:
+                each.embedding.embedder.close()
         await asyncio.to_thread(shared.close)
         await asyncio.to_thread(store.close)
         if service.tracing is not None:
@@ -143,6 +166,18 @@ def _tracing(settings: Settings) -> Tracing | None:
         log.warning("no traces, although OTEL_EXPORTER_OTLP_ENDPOINT is set: %s", need)  # a whole cluster's setting
         return None
     return Tracing(settings.otlp_endpoint)
+
+
+def _shadow(settings: Settings, store: Store) -> Shadow | None:
+    """What scores requests with a challenger; None where there is to be none."""
+    if settings.followed_challenger is not None:
+        return Shadow(Challenger(follower=Follower(settings.followed_challenger)), store)
+    if settings.challenger is None:
+        return None
+    challenger = Challenger(settings.challenger)
+    with contextlib.suppress(RouterError):  # it is logged and tried again: that is no reason not to start
+        challenger.reload()
+    return Shadow(challenger, store)
 
 
 def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:

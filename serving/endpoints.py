@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from router_ml.errors import InputError
 from router_ml.policy import Policy
+from serving import canary
 from serving.explained import ExplanationAnswer
 from serving.keys import SCOPES
 from serving.problems import MEDIA_TYPE, ProblemError, problem_of
@@ -138,7 +139,13 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     if live.embedding is not None:
         started = time.perf_counter()
         stand = await live.embedding.estimator(asked, service.settings.embed_deadline_ms / 1000.0)
-    if record:
+    arms = None if service.shadow is None else service.shadow.challenger.arms(live)
+    if service.shadow is not None and arms is not None:
+        known = canary.Asked(asked, request.headers, session, stand, started)
+        live, decision, estimate, *_ = await canary.decide(service, service.shadow, arms, body, known, record=record)
+        if record:
+            request.scope["decision"] = decision
+    elif record:
         decision, estimate = service.decide(live, asked, request.headers, session, stand, started)
         service.record(live, body, asked, decision, estimate)
         request.scope["decision"] = decision
@@ -186,7 +193,7 @@ async def models(request: Request) -> ModelsAnswer:
 async def set_health(body: HealthBody, request: Request) -> HealthAnswer:
     """For a gateway that knows of an outage before its outcomes tell."""
     service, model = request.app.state.service, request.path_params["model"]
-    if model not in service.live.live.providers and ("model", model) not in service.health.states():
+    if model not in service.providers and ("model", model) not in service.health.states():
         raise ProblemError(404, "not-found", f"the catalogue has no model {model!r}: GET /models lists them")
     service.health.set(model, body.state)
     return {"model": model, "state": service.health.states().get(("model", model), "closed")}
@@ -282,9 +289,12 @@ async def readyz(request: Request) -> ReadyAnswer:
     if service.draining:
         raise ProblemError(503, "unavailable", "the service is going away: use another instance")
     router = service.live.live.router
-    return {
+    answer: ReadyAnswer = {
         "status": "ready",
         "model_version": router.model_version,
         "policy_version": router.policy.version,
         "degraded": service.degraded(),
     }
+    if service.shadow is not None:
+        answer["challenger"] = service.shadow.challenger.model_version
+    return answer

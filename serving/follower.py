@@ -28,7 +28,7 @@ from router_ml import log_lines
 from router_ml.draining import module_command
 from router_ml.errors import InputError, RegistryError, RouterError
 from router_ml.follow import CURRENT, INCOMING, VERSIONS, Backoff, Followed, Report
-from serving.live import LiveRouter
+from serving.live import Holder, LiveRouter
 
 log = logging.getLogger(__name__)
 ANSWER_SECONDS = 60.0  # an answer of the follower's that is so late does not come: it is started again
@@ -40,13 +40,15 @@ class Follower:
     """Keeps a `LiveRouter` at the version that an alias points to.
 
     `boot` gives the router to begin with, `start` follows from then on in a thread of its own. `failures` counts what
-    went wrong since, `last_error` says what is wrong now (None: the alias' version is served), `version` is served.
+    went wrong since, `last_error` says what is wrong now (None: the alias' version is served), `version` is served, and
+    `gone` says that the registry has no such alias.
     """
 
     def __init__(self, followed: Followed, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         self.followed = followed
         self.answer_seconds = answer_seconds
         self.version = ""
+        self.gone = False
         self.failures = 0
         self.restarts = 0
         self.last_error: str | None = "the registry has not been asked yet"
@@ -105,7 +107,12 @@ class Follower:
         self._keep()
         return live
 
-    def start(self, live: LiveRouter) -> None:
+    def begin(self, live: Holder) -> None:
+        """Follows from now on what nobody waits for. Raises InputError for a cache that cannot be used."""
+        self._claim(self.followed.cache)
+        self.start(live)
+
+    def start(self, live: Holder) -> None:
         """Follows the alias from now on."""
         self._thread = threading.Thread(target=self._run, args=(live,), name="registry-follower", daemon=True)
         self._thread.start()
@@ -153,7 +160,7 @@ class Follower:
         """Nothing that would have to be known before it is collected."""
         return []
 
-    def _run(self, live: LiveRouter) -> None:
+    def _run(self, live: Holder) -> None:
         pause = RESTART_SECONDS[0]
         while not self._closing:
             try:
@@ -171,16 +178,17 @@ class Follower:
                 self._wake.wait(pause)
                 pause = min(2.0 * pause, RESTART_SECONDS[1])
 
-    def _take(self, report: Report, live: LiveRouter) -> None:
+    def _take(self, report: Report, live: Holder) -> None:
         """Serves the version that a report names, if it is another; whoever asked is told."""
         if report.event in ("looking", "downloading"):
             return
         version, swapped = report.version, False
         error: RouterError | None = None
+        self.gone = report.gone
         if report.event == "failed" or version is None:
             error = RegistryError(report.error or "the registry holds no version")
             self._failed(str(error), counts=report.tried)
-        elif (version, report.bundle) != (self.version, live.live.router.model_version):
+        elif (version, report.bundle) != (self.version, live.model_version):
             asks = any(number <= report.asked for number in self._waiting)
             put_off = None if asks else self._bad.error(version)
             if put_off is None:
@@ -196,7 +204,7 @@ class Follower:
             self.last_error = None
         self._answer(report.asked, error, swapped)
 
-    def _swap(self, version: str, live: LiveRouter) -> RouterError | None:
+    def _swap(self, version: str, live: Holder) -> RouterError | None:
         """Loads a version and serves it; what was wrong, otherwise."""
         who = f"registry {self.followed} version {version}"
         try:

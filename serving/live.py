@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from router_ml.errors import BundleError, NoEligibleModelError, RouterError
 from router_ml.policy import Policy
@@ -28,6 +28,19 @@ SETTLE_SECONDS = 0.1  # files that have changed are read when they have been lef
 SETTLE_LOOKS = 50
 WARM_UP = RouteRequest(messages=(Message("user", "Which of these two numbers is larger, 9.11 or 9.9?"),))
 Signature = tuple[tuple[str, int, int, int], ...]
+
+
+class Holder(Protocol):
+    """What keeps a bundle, as who brings another one sees it."""
+
+    @property
+    def model_version(self) -> str | None:
+        """The version of the bundle that it holds."""
+        ...
+
+    def reload(self, bundle: Path | None = None, who: str = "the files") -> object:
+        """Takes another one, or raises BundleError or InputError and keeps what it has."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,20 @@ class LiveRouter:
     """Holds the `Live` router and follows the bundle's directory (or the link to it) and the policy's file.
 
     Without a file the policy is what `stored` says when a bundle is loaded (None: the default), and `set_policy` since.
+    `what` it holds is for the log's lines.
 
     Raises BundleError or InputError when there is no good bundle and policy to begin with.
     """
 
     def __init__(
-        self, bundle: Path, policy: Path | None = None, stored: Callable[[], Policy | None] = lambda: None
+        self,
+        bundle: Path,
+        policy: Path | None = None,
+        stored: Callable[[], Policy | None] = lambda: None,
+        *,
+        what: str = "bundle",
     ) -> None:
+        self.what = what
         self.bundle = bundle
         self.policy = policy
         self._stored = stored
@@ -93,6 +113,11 @@ class LiveRouter:
         self._seen = self._signature()
         self._retry_at = 0.0
         self.live = self._load(bundle)
+
+    @property
+    def model_version(self) -> str:
+        """The version of the bundle."""
+        return self.live.router.model_version
 
     def reload(self, bundle: Path | None = None, who: str = "the files") -> Live:
         """Loads `bundle` (default: the one that is followed) and the policy, warms them up and swaps them in for `who`.
@@ -110,14 +135,17 @@ class LiveRouter:
                 if bundle is None:
                     self.last_error = str(error)
                     self._retry_at = time.monotonic() + RETRY_SECONDS
-                log.error("kept bundle %s: %s", self.live.router.model_version, error)
+                log.error("kept %s %s: %s", self.what, self.live.router.model_version, error)
                 raise
             self.bundle, self._seen, self.live = bundle or self.bundle, seen, live
             self.changed(live, who)
             self.reloads += 1
             self.last_error = None
             versions = {"model_version": live.router.model_version, "policy_version": live.router.policy.version}
-            log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
+            if self.what == "bundle":
+                log.info("serving bundle %s, policy %s", *versions.values(), extra=versions)
+            else:
+                log.info("loaded %s %s", self.what, live.router.model_version)
             return live
 
     def set_policy(self, policy: Policy) -> None:
@@ -166,10 +194,14 @@ class LiveRouter:
         return Live(router, target, time.time(), {card.id: card.provider for card in router.catalog}, embedding)
 
     def _signature(self, bundle: Path | None = None) -> Signature | None:
-        """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
-        try:
-            files = [*sorted((bundle or self.bundle).resolve().iterdir()), *([self.policy] if self.policy else [])]
-            stats = [(str(path), path.stat()) for path in files]
-        except OSError:
-            return None
-        return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+        return signature(bundle or self.bundle, self.policy)
+
+
+def signature(bundle: Path, policy: Path | None = None) -> Signature | None:
+    """What changes when a file of the bundle or the policy does; None when the bundle is not there."""
+    try:
+        files = [*sorted(bundle.resolve().iterdir()), *([policy] if policy else [])]
+        stats = [(str(path), path.stat()) for path in files]
+    except OSError:
+        return None
+    return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)

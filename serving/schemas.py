@@ -285,7 +285,7 @@ class ChangeAnswer(TypedDict):
 
     change_id: str
     time_us: int
-    kind: Literal["model", "policy", "keys"]
+    kind: Literal["model", "policy", "keys", "challenger"]
     who: str
     before: dict[str, Any] | None
     after: dict[str, Any]
@@ -298,9 +298,13 @@ class ChangesAnswer(TypedDict):
 
 
 class ReadyAnswer(TypedDict):
-    """What is being served. `degraded` names the parts that do not work while routing goes on."""
+    """What is being served. `degraded` names the parts that do not work while routing goes on.
+
+    `challenger` is the version of the second bundle, where the service was started with one; null while none is loaded.
+    """
 
     status: Literal["ready"]
     model_version: str
     policy_version: str
     degraded: list[str]
+    challenger: NotRequired[str | None]

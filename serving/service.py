@@ -26,6 +26,7 @@ from serving.problems import ProblemError
 from serving.schemas import SCHEMA_VERSION, RouteAnswer, RouteBody
 from serving.sessions import Sessions, StoredSessions, is_behind
 from serving.settings import Settings
+from serving.shadow import Shadow
 from serving.shared import Shared
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Service:
     """None unless it is configured."""
     follower: Follower | None = None
     """What follows a registry's alias, where one is followed."""
+    shadow: Shadow | None = None
+    """What scores requests with a challenger, where there may be one."""
     draining: bool = False
     _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES))
     _batches_waiting: int = 0
@@ -72,6 +75,19 @@ class Service:
             self.store.note_change("policy", who, {"version": router.policy.version, "policy": router.policy.to_json()})
         self.store.note_change("keys", who, {key.name: key.described() for key in self.settings.api_keys.values()})
 
+    def note_challenger(self, live: Live, who: str) -> None:
+        """Notes what a canary may be served by from now on: residency is proven against its cards, too."""
+        models = live.router.catalog.to_json()["models"]
+        after = {"model_version": live.router.model_version, "models": models}
+        self.store.note_change("challenger", who, after)
+
+    @property
+    def providers(self) -> Mapping[str, str]:
+        """The provider of each model that may serve, the challenger's included."""
+        served = self.live.live.providers
+        challenger = None if self.shadow is None else self.shadow.challenger.live
+        return served if challenger is None else {**challenger.providers, **served}
+
     def degraded(self) -> list[str]:
         """The parts that do not work while routing goes on."""
         shared, embedding = self.shared, self.live.live.embedding
@@ -80,6 +96,7 @@ class Service:
         states = {
             "bundle": self.live.last_error is not None,
             "registry": self.follower is not None and self.follower.last_error is not None,
+            "challenger": self.shadow is not None and self.shadow.challenger.degraded,
             "encoder": embedding is not None and not embedding.embedder.alive,
             "shared": not shared.current,
             "policy": stale and self.settings.policy is None,
@@ -175,11 +192,25 @@ class Service:
         if stand is not None and stand.late is not None:
             self.metrics.degraded(stand.late)
         started, estimated = marks
-        self.metrics.decided(asked, decision, live.router, estimated - started, clock() - estimated)
+        self.decided(live, live, asked, headers, decision, estimated - started, clock() - estimated, began)
+        return decision, estimate
+
+    def decided(
+        self,
+        live: Live,
+        champion: Live,
+        asked: RouteRequest,
+        headers: Mapping[str, str],
+        decision: RouteDecision,
+        estimate_s: float,
+        choose_s: float,
+        began: int,
+    ) -> None:
+        """Counts and traces a decision of `live`, begun at a time in ns since 1970; its baseline is the champion's."""
+        self.metrics.decided(asked, decision, champion.router, estimate_s, choose_s)
         if self.tracing is not None:
             tier = tier_of(asked, live.router.policy)
             self.tracing.decided(headers, asked, decision, live.providers[decision.model], tier, began)
-        return decision, estimate
 
     def record(
         self, live: Live, body: RouteBody, asked: RouteRequest, decision: RouteDecision, estimate: Estimate
@@ -229,7 +260,7 @@ class Service:
         Where another of its candidates served than the chosen one, the chosen one has failed.
         """
         of = outcome.decision_id or ""
-        providers, chosen = self.live.live.providers, models[0]
+        providers, chosen = self.providers, models[0]
         served = outcome.served_model or chosen
         if outcome.status in FAILED or served in models:
             self.sessions.served(of, None if outcome.status in FAILED else served)

@@ -27,7 +27,9 @@ class Settings:
     followed while the service runs, looked at every `watch_seconds` (0: never). Instead of `bundle`, `model` names a
     registered router as NAME@ALIAS: of the registry at `tracking_uri`, which is asked about every `poll_seconds` where
     the alias points to; the last versions are kept in the folder `cache`, and the last good one is served from there
-    when the registry is away.
+    when the registry is away. `challenger` is the directory of a second bundle, followed, too, which scores what the
+    first one decides and takes the share of the traffic that the policy's `canary` says (None: there is none). Beside a
+    `model` it may be another alias of it, `challenger_alias`, which need not be there; its cache is beside `cache`.
     `store` is an SQLAlchemy URL or the path of an SQLite file. Decisions go to the folder `spool` first (default:
     beside an SQLite file, otherwise `router-ml.spool`), of at most `spool_bytes`, where a power cut loses those of
     `commit_seconds`; from there a process of its own (`drain`; "thread" does without) takes them to the store within as
@@ -55,6 +57,8 @@ class Settings:
     tracking_uri: str = field(default="sqlite:///mlflow.db", repr=False)
     cache: Path = Path("serving-bundle")
     poll_seconds: float = 10.0
+    challenger: Path | None = None
+    challenger_alias: str | None = None
     policy: Path | None = None
     store: str = "router-ml.db"
     store_prompts: Literal["none", "features", "text"] = "features"
@@ -90,22 +94,26 @@ class Settings:
     @property
     def followed(self) -> Followed | None:
         """What is followed of a registry; None where a directory is served."""
-        if self.model is None:
-            return None
-        name, _, alias = self.model.partition("@")
-        return Followed(
-            uri=self.tracking_uri,
-            name=name,
-            alias=alias or CHAMPION,
-            cache=self.cache,
-            poll_seconds=self.poll_seconds,
-        )
+        return None if self.model is None else self._follow(self.model.partition("@")[2] or CHAMPION, self.cache)
+
+    @property
+    def followed_challenger(self) -> Followed | None:
+        """What is followed of it for a challenger; None where no alias is."""
+        beside = self.cache.with_name(f"{self.cache.name}-challenger")
+        return None if self.challenger_alias is None else self._follow(self.challenger_alias, beside)
+
+    def _follow(self, alias: str, cache: Path) -> Followed:
+        assert self.model is not None
+        name, poll = self.model.partition("@")[0], self.poll_seconds
+        return Followed(uri=self.tracking_uri, name=name, alias=alias, cache=cache, poll_seconds=poll)
 
     def __post_init__(self) -> None:
         if (self.bundle is None) == (self.model is None):
             raise InputError("give either a bundle's directory or a model, NAME@ALIAS")
         if self.model is not None and not self.model.partition("@")[0]:
             raise InputError(f"model {self.model!r} has no name: give it as NAME@ALIAS")
+        if self.challenger_alias is not None and (self.model is None or self.challenger is not None):
+            raise InputError("challenger_alias goes with a model, NAME@ALIAS, and without a challenger's directory")
         if self.poll_seconds < 0.05:
             raise InputError(f"poll_seconds {self.poll_seconds} has to be at least 0.05")
         if not 0 <= self.port <= 65535:

@@ -81,7 +81,10 @@ class Spend:
         self._router, self._first, self._rank = router, order[0], {model: i for i, model in enumerate(order)}
 
     def decided(self, router: Router, decision: RouteDecision, tier: str) -> None:
-        """Adds a decision of `router`; one whose costs or probability nobody knows is left out on both sides."""
+        """Adds a decision beside the baseline of `router`.
+
+        One whose costs or probability nobody knows is left out on both sides.
+        """
         if router is not self._router:
             self._rank_for(router)
         chosen, baseline = decision.candidates[0], self._baseline_of(decision)
@@ -105,7 +108,7 @@ class Spend:
         for candidate in decision.candidates:
             if candidate.model == self._first:
                 return candidate
-        return min(decision.candidates, key=lambda c: self._rank[c.model])
+        return min(decision.candidates, key=lambda c: self._rank.get(c.model, math.inf))
 
     def reported(self, outcome: Outcome, *, called: bool) -> str | None:
         """Adds an outcome, `called` unless it is feedback alone, and returns the model that served, if it is known."""
@@ -114,8 +117,8 @@ class Spend:
             model = self._served.get(of)
         elif of in self._served and model in self._rank:
             self._served[of] = model  # feedback that comes later names no model
-        name = model if model in self._rank else UNKNOWN  # a name that a caller invents must not become a series
-        assert name is not None
+        ours = model in self._rank or model == self._served.get(of)  # which may be one of a challenger's alone
+        name = model if ours and model is not None else UNKNOWN  # a name that a caller invents must not become a series
         if called:
             self._reported[name, outcome.status] += 1
         if outcome.cost_usd is not None:

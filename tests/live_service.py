@@ -73,7 +73,8 @@ try:
     from serving.health import HealthSettings
     values = json.loads(sys.argv[1])
     values["health"] = HealthSettings(**values.get("health", {}))
-    serve(Settings(**{k: Path(v) if k in ("bundle", "policy", "cache", "spool") else v for k, v in values.items()}))
+    paths = ("bundle", "challenger", "policy", "cache", "spool")
+    serve(Settings(**{k: Path(v) if k in paths else v for k, v in values.items()}))
 except RouterError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)

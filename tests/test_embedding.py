@@ -427,3 +427,36 @@ def test_who_serves_keeps_the_weights_once_and_cannot_save(router: Router, tmp_p
 def test_a_deadline_is_a_time(value: float, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="embed_deadline_ms"):
         Settings(bundle=tmp_path, embed_deadline_ms=value)
+
+
+@pytest.mark.parametrize("first", ["transformer", "static"])
+def test_a_challenger_embeds_for_itself(
+    transformer_bundle: Path, tiny_bundle: Path, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Champion and challenger may be of either kind; what a challenger has no time for, its twin decides."""
+    monkeypatch.setattr("serving.shadow.LATE_SECONDS", 30.0)
+    bundles = [transformer_bundle, tiny_bundle][:: 1 if first == "transformer" else -1]
+    alone = [load_router(bundle).decide(request_of(prompt=HARD)) for bundle in bundles]
+    settings = {"challenger": bundles[1], "embed_deadline_ms": 30_000.0}
+    with running(bundles[0], tmp_path / "store.db", **settings) as live:
+
+        def answer(share: float) -> tuple[str, float, list[dict[str, Any]]]:
+            body = {"canary": {"share": share, "by": "request"}}
+            assert live.http.put("/policy", json=body).status_code == 200
+            told = live.http.post("/route", json={"prompt": HARD}).json()
+
+            def kept() -> list[dict[str, Any]]:
+                assert live.service.store.flush()
+                return [row for row in live.service.store.shadows() if row["decision_id"] == told["decision_id"]]
+
+            wait_for(lambda: len(kept()) == 1, 60)
+            return told["model_version"], told["p_ok"], kept()
+
+        for share, served, other in ((0.0, *alone), (1.0, *alone[::-1])):
+            version, p_ok, (shadow,) = answer(share)
+            assert (version, shadow["model_version"]) == (served.model_version, other.model_version)
+            assert (p_ok, shadow["p_ok"]) == (pytest.approx(served.chosen.p_ok), pytest.approx(other.chosen.p_ok))
+            assert not shadow["degraded"] and live.http.get("/readyz").json()["degraded"] == []
+        object.__setattr__(live.service.settings, "embed_deadline_ms", NO_TIME)
+        told = live.http.post("/route", json={"prompt": "Another text."}).json()
+        assert told["degraded"] is (first == "static") and told["model_version"] == alone[1].model_version

@@ -19,6 +19,7 @@ import polars as pl
 import pytest
 from faulty_server import DIE, HANG, Answer, faulty
 from live_service import ROOT, Running, free_port, process, running, start_process, wait_for
+from mlflow import MlflowClient
 from relay import relay_to
 
 from features.load import save_router
@@ -409,3 +410,50 @@ def test_pauses_double_up_to_a_bound() -> None:
         backoff.failed("1", "why")
     backoff.succeeded("1")
     assert backoff.error("1") is None
+
+
+def test_a_second_alias_is_followed_for_the_challenger(
+    registry: str, narrow_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is scored beside the champion until its alias is gone, or it is the champion itself."""
+    monkeypatch.setattr("serving.shadow.LATE_SECONDS", 30.0)
+    promote(registry, NAME, GOOD, "live")
+    promote(registry, NAME, OTHER, "next")
+    following = {"model": f"{NAME}@live", "tracking_uri": registry, "cache": tmp_path / "cache", "poll_seconds": 0.1}
+    with running(None, tmp_path / "store.db", **following, challenger_alias="next") as live:
+
+        def state() -> tuple[str | None, list[str]]:
+            ready = live.http.get("/readyz").json()
+            return ready["challenger"], ready["degraded"]
+
+        def scored() -> int:
+            assert live.http.post("/route", json=PROMPT).status_code == 200
+            live.http.get("/healthz")
+            assert live.service.store.flush()
+            return len(list(live.service.store.shadows()))
+
+        version = version_of(narrow_bundle)
+        wait_for(lambda: state() == (version, []), 60)
+        assert scored() == 1
+        (noted,) = (change for change in live.service.store.changes() if change["kind"] == "challenger")
+        assert noted["who"] == f"registry {NAME}@next version {OTHER}"
+        MlflowClient(registry).delete_registered_model_alias(NAME, "next")
+        wait_for(lambda: state() == (None, []))
+        assert scored() == 1
+        promote(registry, NAME, OTHER, "next")
+        wait_for(lambda: state() == (version, []))
+        assert scored() == 2
+        promote(registry, NAME, OTHER, "live")
+        wait_for(lambda: live.http.get("/readyz").json()["model_version"] == version)
+        assert scored() == 2 and state() == (version, [])
+        promote(registry, NAME, GOOD, "next")  # it has a model that the champion does not know
+        wait_for(lambda: state()[0] not in (version, None))
+        assert live.http.put("/policy", json={"canary": {"share": 1.0}}).status_code == 200
+        hard = {"prompt": "Prove rigorously that the tensor operator is bounded.", "min_probability": 0.6}
+        answer = live.http.post("/route", json=hard).json()
+        assert (answer["model"], answer["model_version"]) == ("mid", state()[0])
+        told = {"decision_id": answer["decision_id"], "quality": 1.0}
+        assert live.http.post("/outcomes", json=told | {"status": "ok"}).status_code == 200
+        assert live.metric('router_outcomes_total{model="mid",status="ok"}') == 1.0
+        assert live.service.health.states()["model", "mid"] == "closed"
+        assert live.http.put("/models/mid/health", json={"state": "open"}).status_code == 200

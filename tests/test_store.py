@@ -29,7 +29,7 @@ from router_ml.router import new_id
 from router_ml.store import Store
 from router_ml.stored import decision_of_row
 from router_ml.stored_features import pack_features, unpack_features
-from router_ml.types import Candidate, CandidateFeatures, Message, Outcome, RouteDecision, RouteRequest
+from router_ml.types import Arm, Candidate, CandidateFeatures, Message, Outcome, RouteDecision, RouteRequest
 
 NAN = float("nan")
 
@@ -96,9 +96,11 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         max_cost_usd=0.5,
         willingness_to_pay_usd=0.25,
     )
-    made = kept(store, decision(explored=True, data_class="internal", **IN_SESSION), of)
+    arm = Arm("challenger", "tenant", 0.05, 0.8, "c")
+    made = kept(store, decision(explored=True, data_class="internal", arm=arm, **IN_SESSION), of)
     assert store.flush()
     (row,) = store.decisions()
+    assert decision_of_row(row).arm == arm
     at = row.pop("time_us")
     assert before <= at <= time.time_ns() // 1000
     assert row == {
@@ -122,6 +124,11 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "model": "mid",
         "provider": "acme",
         "propensity": 0.9,
+        "arm": "challenger",
+        "arm_unit": "tenant",
+        "arm_share": 0.05,
+        "arm_propensity": 0.8,
+        "arm_cluster": "c",
         "explored": True,
         "meets_threshold": True,
         "min_probability": 0.7,
