@@ -1,0 +1,208 @@
+"""What off-policy evaluation works on: the log's decisions as arrays, and what another policy would have done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from router_ml.catalog import Catalog
+from router_ml.conversation import request_of_log_row
+from router_ml.errors import InputError, NoEligibleModelError
+from router_ml.router import Router
+from router_ml.types import RouteRequest
+from training.dataset import FAILURES
+from training.slices import context_of, slices_of
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Logged:
+    """Decisions of a log, one row each, in its order: n rows, m models in the catalogue's order.
+
+    `action`: the policy's choice as a position in the catalogue, also where a fallback served, int64 [n];
+    `metrics`: what came of it by name, float64 [n], NaN where it is not known (quality without feedback);
+    `propensity`: the probability with which the policy made that choice, NaN where it was not logged, float64 [n];
+    `eligible`: what the policy could have chosen, bool [n, m]; `cluster`: rows of a cluster are not independent of
+    each other, int64 [n]; `slices`: a frame of n rows; `context`: numbers that describe the request, float64 [n, k];
+    `notes`: sentences on what had to be assumed.
+    """
+
+    catalog: Catalog
+    action: IntArray
+    metrics: Mapping[str, Array]
+    propensity: Array
+    eligible: BoolArray
+    cluster: IntArray
+    time: pl.Series
+    slices: pl.DataFrame
+    context: Array
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def take(self, rows: npt.NDArray[Any]) -> Logged:
+        """The decisions at these positions, or where this mask is true."""
+        at = np.flatnonzero(rows) if rows.dtype == bool else rows
+        return replace(
+            self,
+            action=self.action[at],
+            metrics={name: values[at] for name, values in self.metrics.items()},
+            propensity=self.propensity[at],
+            eligible=self.eligible[at],
+            cluster=self.cluster[at],
+            time=self.time.gather(at),
+            slices=self.slices[at],
+            context=self.context[at],
+        )
+
+
+def one_row_a_request(log: pl.DataFrame) -> pl.DataFrame:
+    """The log with one row a request; the same rows, in order, where each request has one already.
+
+    A request that was sent to several models (their propensities are all 1) keeps one of them, drawn evenly by a hash
+    of its id, with the propensity of that draw: what then is estimated holds for the request as for any other. Align
+    target and predictions with the frame that this returns.
+    """
+    if not log["request_id"].is_duplicated().any():
+        return log
+    order = pl.struct("request_id", "model").hash(3)
+    return (
+        log.with_columns(propensity=pl.col("propensity") / pl.len().over("request_id"))
+        .filter(order == order.min().over("request_id"))
+        .unique("request_id", keep="first", maintain_order=True)
+    )
+
+
+def logged_of(
+    log: pl.DataFrame,
+    catalog: Catalog,
+    *,
+    cluster: str = "session",
+    metrics: Sequence[str] = ("quality", "cost_usd"),
+    failed_quality: float | None = 0.0,
+) -> Logged:
+    """The decisions of a log (`LOG_SCHEMA`, one row a request: see `one_row_a_request`) as arrays.
+
+    `cluster` is the column whose values are taken to be independent of each other, "session" or "tenant"; a row
+    without one stands alone. `metrics` are columns of numbers. A call that failed for good has the quality
+    `failed_quality` (None: not known), for its user got nothing; what a fallback answered counts for the policy's
+    choice. Raises InputError for an empty log, several rows a request, a missing column, and a model that the
+    catalogue does not list.
+    """
+    if log.is_empty():
+        raise InputError("the log has no rows: there is nothing to evaluate a policy on")
+    for name in (cluster, *metrics):
+        if name not in log.columns:
+            raise InputError(f"the log has no column {name!r}; it has {', '.join(log.columns)}")
+    if log["request_id"].is_duplicated().any():
+        raise InputError(
+            "the log has several rows of one request: call training.logged.one_row_a_request on it first, and give "
+            "that frame to whatever has to be aligned with it"
+        )
+    chosen = log.select(pl.coalesce("fallback_from", "model").alias("model")).to_series()
+    if unknown := sorted(set(chosen.unique().to_list()) - set(catalog.ids)):
+        raise InputError(f"the log's policy chose models that the catalogue does not list: {', '.join(unknown)}")
+    action = chosen.replace_strict(catalog.index, return_dtype=pl.Int64).to_numpy()
+    eligible = _eligible(log, catalog)
+    eligible[np.arange(len(log)), action] = True
+    values = {}
+    for name in metrics:
+        column = pl.col(name).cast(pl.Float64)
+        if name == "quality" and failed_quality is not None:
+            column = pl.when(column.is_null() & pl.col("status").is_in(FAILURES)).then(failed_quality).otherwise(column)
+        values[name] = log.select(column.fill_null(np.nan)).to_series().to_numpy().copy()
+    group = log.select(
+        pl.when(pl.col(cluster).is_null())
+        .then(pl.format("row {}", pl.int_range(pl.len())))
+        .otherwise(pl.format("is {}", cluster))
+        .rank("dense")
+        .cast(pl.Int64)
+    ).to_series()
+    slices = slices_of(log)
+    tokens = log["input_tokens"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    return Logged(
+        catalog,
+        action.copy(),
+        values,
+        log["propensity"].cast(pl.Float64).fill_null(np.nan).to_numpy().copy(),
+        eligible,
+        group.to_numpy().copy(),
+        log["time"],
+        slices,
+        context_of(slices, tokens),
+    )
+
+
+def _eligible(log: pl.DataFrame, catalog: Catalog) -> BoolArray:
+    """What each row's `candidates` allow; all models where the log does not say; bool [n, m]."""
+    lists = log["candidates"]
+    columns = [lists.list.contains(model).fill_null(True).to_numpy() for model in catalog.ids]
+    return np.stack(columns, axis=1).astype(bool)
+
+
+def requests_of(log: pl.DataFrame, **dial: Any) -> list[RouteRequest]:
+    """The requests of a log's rows with what the log knows of each; `dial` sets further fields (`tier="premium"`).
+
+    A column `tier` of the log is taken, where there is one. Rows without a prompt are requests without text.
+    """
+    names = ["tenant", "key", "task", "candidates", *(["tier"] if "tier" in log.columns and "tier" not in dial else [])]
+    made = []
+    for prompt, messages, tools, *rest in log.select("prompt", "messages", "tools", *names).iter_rows():
+        known = dict(zip(names, rest, strict=True)) | dial
+        if known["candidates"] is not None:
+            known["candidates"] = tuple(known["candidates"])
+        made.append(replace(request_of_log_row(prompt, messages, tools), **known))
+    return made
+
+
+def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:
+    """Probability of each model under the router's policy per row of the log, exploration included; float64 [n, m].
+
+    `catalog` (default: the router's) sets the model axis; it has to be that of the `Logged`. Each request is routed by
+    itself, as a session's first one would be: what a session's model is depends on the policy itself, so a log of
+    another one does not know. A request that the policy may not serve by any model has a row of zeros, which
+    counts as unsupported. Raises InputError where the router chooses a model that the catalogue does not list.
+    """
+    catalog = router.catalog if catalog is None else catalog
+    greedy = replace(router, draw=lambda: 1.0)  # never below an exploration rate
+    target = np.zeros((len(log), len(catalog)))
+    for row, request in enumerate(requests_of(log, **dial)):
+        try:
+            decision = greedy.decide(request)
+        except NoEligibleModelError:
+            continue
+        rest = [c.model for c in decision.candidates[1:]] if decision.propensity < 1.0 else []
+        for model in (decision.model, *rest):
+            if model not in catalog:
+                raise InputError(f"the router may choose {model!r}, which the catalogue does not list")
+            share = decision.propensity if model == decision.model else (1.0 - decision.propensity) / len(rest)
+            target[row, catalog.index[model]] = share
+    return target
+
+
+def predictions_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> dict[str, Array]:
+    """What the router expects of every model per row of the log, by metric: "quality" and "cost_usd", float64 [n, m].
+
+    NaN for a model that it does not know. They sharpen the model of outcomes inside the estimators. The rows must not
+    be those that the router was trained on: it would seem to know them better than it knows new ones.
+    """
+    catalog = router.catalog if catalog is None else catalog
+    shape = len(log), len(catalog)
+    p_ok, cost = np.full(shape, np.nan), np.full(shape, np.nan)
+    known = [model for model in router.catalog.ids if model in catalog]
+    here = [catalog.index[model] for model in known]
+    there = [router.catalog.index[model] for model in known]
+    for row, request in enumerate(requests_of(log, **dial)):
+        estimate = router.estimator.estimate(request)
+        p_ok[row, here] = estimate.p_ok[there]
+        cost[row, here] = router.expected_cost(request, estimate)[there]
+    return {"quality": p_ok, "cost_usd": cost}
