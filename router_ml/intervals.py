@@ -63,7 +63,7 @@ def bootstrap_interval(
     if len(sizes) < 2:
         return mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf), error
     alpha = 1.0 - confidence
-    replicates = max(replicates, math.ceil(20 / alpha) * 2 - 1)
+    replicates = max(replicates, math.ceil(20 / alpha) - 1)
     pivot = _studentised(sums, sizes, mean, replicates, rng)
     low = mean - np.quantile(pivot, 1 - alpha / 2, axis=0) * error
     high = mean - np.quantile(pivot, alpha / 2, axis=0) * error

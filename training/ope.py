@@ -29,7 +29,6 @@ from training.nuisance import (
 from training.policy_value import Estimate, Feedback, PolicyValue, SliceValues
 from training.support import (
     LEAST_PROPENSITY,
-    MOST_UNSUPPORTED,
     Support,
     doubts,
     overlap_table,
@@ -226,7 +225,7 @@ def _value(rows: _Rows, look: _Look) -> PolicyValue:
     seen = ~np.isnan(logged.metrics[rows.metric])
     paired = rows.baseline is not None
     support = support_of(parts.weight, parts.change, rows.unclipped - parts.weight, rows.unsupported)
-    share = float(np.mean(rows.unsupported <= MOST_UNSUPPORTED))
+    share = 1.0 - support.unsupported_mass
     nothing = PolicyValue(
         metric=rows.metric, n=n, clusters=clusters, paired=paired, confidence=look.confidence, interval=look.interval,
         identifiable=False, why=why_not_identifiable(support, share, parts.weight, parts.change, rows.unclipped, seen),

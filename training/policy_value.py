@@ -43,8 +43,8 @@ class PolicyValue:
     """What a target policy is worth by a log, in `metric`'s unit a request; a difference to a baseline if `paired`.
 
     Where it is not `identifiable`, `why` says so in a sentence, `estimates` is empty, and `identifiable_share` is the
-    share of the requests on which the log could tell. `feedback` is None where every outcome is known. `overlap` has a
-    row per model. `clusters` is how many independent groups of rows there are.
+    share of the target's decisions of which the log can tell. `feedback` is None where every outcome is known.
+    `overlap` has a row per model. `clusters` is how many independent groups of rows there are.
     """
 
     metric: str

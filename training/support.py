@@ -122,8 +122,7 @@ def why_not_identifiable(
     if support.unsupported_mass > MOST_UNSUPPORTED:
         return (
             f"not identifiable: {support.unsupported_mass:.1%} of the target's decisions are ones that this log's "
-            f"policy could not have made; on {share:.1%} of the requests it could. Explore (exploration_rate), and log "
-            "the propensities"
+            f"policy could not have made, {share:.1%} are. Explore (exploration_rate), and log the propensities"
         )
     if np.abs(change).sum(axis=1).mean() < MOST_UNSUPPORTED:
         return ""
