@@ -70,17 +70,17 @@ class Seen:
 
     @property
     def total(self) -> Array:
-        """`costs.total_costs` of every request, float64 [n, m]; NaN where a probability or no model is known."""
-        p = np.where(self.eligible & np.isfinite(self.cost), self.p_ok, np.nan)
+        """`costs.total_costs` of every request, float64 [n, m]; NaN where the probability is not known."""
+        cost = np.where(np.isnan(self.cost), np.inf, self.cost)
+        p = np.where(self.eligible & np.isfinite(cost), self.p_ok, np.nan)
         unknown = np.isnan(p)
         strongest = np.max(np.where(unknown, -1.0, p), axis=1, keepdims=True)
         strong = ~unknown & (p >= strongest - HAIR)
-        with np.errstate(invalid="ignore"):
-            calls = self.cost / np.maximum((1.0 - self.failure) * self.p_ok, LEAST_SUCCESS)
+        calls = cost / np.maximum((1.0 - self.failure) * self.p_ok, LEAST_SUCCESS)
         resort = np.min(np.where(strong, calls, np.inf), axis=1, keepdims=True)
         resort[~np.isfinite(resort)] = 0.0
         f, e = self.failure, self.policy.escalation_rate
-        total: Array = self.cost + (f + (1.0 - f) * (1.0 - self.p_ok) * e) * resort
+        total: Array = cost + (f + (1.0 - f) * (1.0 - self.p_ok) * e) * resort
         return total
 
     def choices(self, setting: Setting, total: Array | None = None) -> IntArray:
@@ -92,8 +92,7 @@ class Seen:
             meets, loss = claim >= setting.value, self.total if total is None else total
         else:
             meets = known & (claim >= 0.0)
-            with np.errstate(invalid="ignore"):
-                loss = cost - setting.value * (1.0 - self.failure) * self.p_ok
+            loss = cost - setting.value * (1.0 - self.failure) * self.p_ok
         p = np.where(known, self.p_ok, -np.inf)
         chosen = _least(np.where(meets, loss, np.inf), meets, -p)
         none = ~meets.any(axis=1)
@@ -111,10 +110,10 @@ class Seen:
 
 def _least(loss: Array, among: BoolArray, then: Array) -> IntArray:
     """Position of the least loss a row, of equals that of the least `then`, of those the first; int64 [n]."""
-    with np.errstate(invalid="ignore"):
-        best = among & (loss == np.min(loss, axis=1, keepdims=True))
-    position: IntArray = np.where(best, then, np.inf).argmin(axis=1)
-    return np.where(best.any(axis=1), position, among.argmax(axis=1))
+    best = among & (loss == np.min(loss, axis=1, keepdims=True))
+    then = np.where(best, then, np.inf)
+    position: IntArray = np.where(np.isfinite(then).any(axis=1), then.argmin(axis=1), best.argmax(axis=1))
+    return position
 
 
 def seen_of_log(router: Router, rows: pl.DataFrame) -> tuple[Seen, BoolArray]:

@@ -11,6 +11,7 @@ import polars as pl
 
 from router_ml.errors import InputError
 from router_ml.router import Router
+from training.dataset import FAILURES
 from training.dials import Array, BoolArray, IntArray, Seen, seen_of_decisions, seen_of_log
 
 
@@ -54,7 +55,8 @@ def judged_of(router: Router, rows: pl.DataFrame) -> Judged:
     """A log's rows, each with what the router sees of it and what the log knows; needs prompts.
 
     Rows of one request_id whose propensities are 1 are one request that was sent to all of these models. After a
-    fallback the action is the policy's choice, and the quality that of the answer which came in the end.
+    fallback the action is the policy's choice, and the quality that of the answer which came in the end; a call that
+    failed for good has the quality 0.
     """
     first = rows.group_by("request_id", maintain_order=True).agg(pl.all().first(), sent=pl.len())
     seen, served = seen_of_log(router, first)
@@ -84,7 +86,9 @@ def judge(router: Router, seen: Seen, first: pl.DataFrame, rows: pl.DataFrame) -
     propensity = np.full(len(seen), np.nan)
     sent = np.zeros(seen.p_ok.shape, dtype=bool)
     chosen = pl.coalesce("fallback_from", "model")
-    for identity, model, p, value in rows.select("request_id", chosen, "propensity", "quality").iter_rows():
+    failed = pl.when(pl.col("status").is_in(FAILURES)).then(0.0)
+    columns = rows.select("request_id", chosen, "propensity", pl.coalesce("quality", failed))
+    for identity, model, p, value in columns.iter_rows():
         i, j = index.get(identity), router.catalog.index.get(model, -1)
         if i is None:
             continue

@@ -288,7 +288,7 @@ def _missing(
     if np.isnan(quality[at]):
         return "no row of the log has the quality of a model that the dial would choose", None
     if quality[at] <= least:
-        return f"{said}, and is estimated at {quality[at]:.3f}: more rows will not help, better models might", None
+        return f"{said}, and is estimated at {quality[at]:.3f}: if that is what it is, no number of rows will do", None
     margin = quality[at] - lower[at]
     spread = margin / 2.0  # the bound lies some two standard errors below the estimate
     needed = units * ((margin + POWER_Z * spread) / (quality[at] - least)) ** 2
@@ -310,7 +310,7 @@ def _assumptions(
         "not of each request, and not of each task or tenant",
         "later traffic is like this slice, and its rows are independent of each other"
         + (" but within a session, each of which counts as one" if game.units < len(judged) else ""),
-        f"the {'dials and their' if kinds > 1 else ''} settings, and their order, were fixed before the slice was seen"
+        f"the {'dials, their ' if kinds > 1 else ''}settings and their order were fixed before the slice was seen"
         + (f"; each dial is tested at {1 - (1 - confidence) / kinds:g}" if kinds > 1 else ""),
     ]
     if feedback < 1.0:
