@@ -41,7 +41,8 @@ def test_choices_are_the_policys(seed: int, least: float, worth: float, default:
         default_model="x" if default else None,
     )
     at = 2 if default else -1
-    seen = Seen(*(a.astype(np.float64) for a in (p, claim, cost)), eligible, pinned, failure, policy, at)
+    numbers = (a.astype(np.float64) for a in (p, claim, cost))
+    seen = Seen(*numbers, eligible, pinned, np.zeros(n), eligible, failure, policy, at)
     for setting in (Setting("min_probability", least), Setting("willingness_to_pay_usd", worth)):
         by_value = setting.kind == "willingness_to_pay_usd"
         expected = [

@@ -40,9 +40,9 @@ def population(rng: np.random.Generator, n: int, rate: float = 0.0) -> tuple[Jud
     true = 1 / (1 + np.exp(-(np.array([0.8, 1.6, 2.6]) - 1.5 * hard)))
     p = 1 / (1 + np.exp(-(np.log(true / (1 - true)) + 0.5 * rng.normal(size=(n, 3)))))
     quality = (rng.random((n, 3)) < true).astype(float)
+    every = np.ones((n, 3), dtype=bool)
     seen = Seen(
-        p, p, np.tile(COST, (n, 1)), np.ones((n, 3), dtype=bool), np.full(n, -1), np.zeros(3),
-        Policy(exploration_rate=rate),
+        p, p, np.tile(COST, (n, 1)), every, np.full(n, -1), np.full(n, rate), every, np.zeros(3), Policy()
     )  # fmt: skip
     return Judged(seen, quality, np.full(n, -1), np.ones(n), np.ones(n, dtype=bool), np.arange(n)), true
 
@@ -126,7 +126,7 @@ def test_sessions_count_once_and_exploration_is_part_of_the_policy() -> None:
     many = tune_judged(sessions, min_quality=0.6)
     assert many.method == "betting" and "each of which counts as one" in " ".join(many.assumptions)
     assert many.lower == pytest.approx(one.lower, abs=1e-3)
-    explores = replace(pool, seen=replace(pool.seen, policy=Policy(exploration_rate=0.5)))
+    explores = replace(pool, seen=replace(pool.seen, rate=np.full(3000, 0.5)))
     calm, wild = (tune_judged(j, min_quality=0.6, method="betting") for j in (pool, explores))
     rows, eligible = np.arange(3000), pool.quality.mean(axis=1)
     greedy = pool.quality[rows, pool.seen.choices(wild.settings[0])]

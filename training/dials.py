@@ -47,7 +47,8 @@ class Seen:
     """What a router sees of n requests: everything that its choice depends on but the dial, m models each.
 
     `p_ok`, `claim` and `cost` (USD of the call, retries included) are float64 [n, m], `eligible` is bool [n, m] with at
-    least one True a row, `pinned` int64 [n] is a rule's model, or -1. A session's incumbent is not known: choices are
+    least one True a row, `pinned` int64 [n] is a rule's model, or -1. The policy draws the share `rate` [n] evenly from
+    `drawn`, bool [n, m]. A session's incumbent is not known: choices are
     those of a session's first request.
     """
 
@@ -56,6 +57,8 @@ class Seen:
     cost: Array
     eligible: BoolArray
     pinned: IntArray
+    rate: Array
+    drawn: BoolArray
     failure: Array
     policy: Policy
     default: int = -1
@@ -65,7 +68,7 @@ class Seen:
 
     def take(self, rows: IntArray | BoolArray) -> Seen:
         """Some of the requests."""
-        names = ("p_ok", "claim", "cost", "eligible", "pinned")
+        names = ("p_ok", "claim", "cost", "eligible", "pinned", "rate", "drawn")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     @property
@@ -148,26 +151,25 @@ def seen_of_requests(
     m = len(router.catalog)
     p_ok, claim, cost = (np.full((len(requests), m), np.nan) for _ in range(3))
     eligible = np.zeros((len(requests), m), dtype=bool)
-    pinned = np.full(len(requests), -1, dtype=np.int64)
+    asked = [(request.task, request.tenant) for request in requests]
     for i, (request, estimate) in enumerate(zip(requests, estimates, strict=True)):
         usd = router.expected_cost(request, estimate)
         p_ok[i], cost[i] = estimate.p_ok, usd
         claim[i] = estimate.p_ok if estimate.p_claim is None else estimate.p_claim
         eligible[i] = router.constraints.eligible(request, router.policy, usd, estimate.input_tokens)[0]
-        pinned[i] = _pinned(router, request.task, request.tenant)
     if among is not None:
         eligible[~among] = False
-    return _seen(router, p_ok, claim, cost, eligible, pinned)
+    return _seen(router, p_ok, claim, cost, eligible, asked)
 
 
-def seen_of_decisions(router: Router, decisions: list[Mapping[str, Any]]) -> tuple[Seen, BoolArray]:
+def seen_of_decisions(router: Router, decisions: Sequence[Mapping[str, Any]]) -> tuple[Seen, BoolArray]:
     """The same from stored decisions: what the bundle said then, without the prompts.
 
     Decisions of other bundles, and of a stand-in, are left out: their estimates are not this router's.
     """
     n, m = len(decisions), len(router.catalog)
     p_ok, claim, cost = (np.full((n, m), np.nan) for _ in range(3))
-    eligible, pinned = np.zeros((n, m), dtype=bool), np.full(n, -1, dtype=np.int64)
+    eligible = np.zeros((n, m), dtype=bool)
     for i, row in enumerate(decisions):
         if row["model_version"] != router.model_version or row["degraded"]:
             continue
@@ -178,27 +180,38 @@ def seen_of_decisions(router: Router, decisions: list[Mapping[str, Any]]) -> tup
                 for into, name in ((p_ok, "p_ok"), (claim, "p_claim"), (cost, "expected_cost_usd")):
                     value = candidate.get(name)
                     into[i, j] = np.nan if value is None else value
-        pinned[i] = _pinned(router, row["task"], row["tenant"])
-    return _seen(router, p_ok, claim, cost, eligible, pinned)
-
-
-def _pinned(router: Router, task: str | None, tenant: str | None) -> int:
-    for rule in router.policy.rules:
-        if rule.task in (None, task) and rule.tenant in (None, tenant):
-            return router.catalog.index[rule.model]
-    return -1
+    return _seen(router, p_ok, claim, cost, eligible, [(row["task"], row["tenant"]) for row in decisions])
 
 
 def _seen(
-    router: Router, p_ok: Array, claim: Array, cost: Array, eligible: BoolArray, pinned: IntArray
+    router: Router,
+    p_ok: Array,
+    claim: Array,
+    cost: Array,
+    eligible: BoolArray,
+    asked: Sequence[tuple[str | None, str | None]],
 ) -> tuple[Seen, BoolArray]:
+    """`asked` holds each request's task and tenant, which rules and experiments go by."""
     served: BoolArray = np.asarray(eligible.any(axis=1))
-    at = np.flatnonzero(served & (pinned >= 0))
-    pinned[at] = np.where(eligible[at, pinned[at]], pinned[at], -1)
+    pinned, rate = np.full(len(served), -1), np.full(len(served), router.policy.exploration_rate)
+    drawn, at = eligible.copy(), router.catalog.index
+    special = router.policy.rules or router.policy.explore
+    for i in map(int, np.flatnonzero(served if special else False)):
+        task, tenant = asked[i]
+        rule = next((r for r in router.policy.rules if r.task in (None, task) and r.tenant in (None, tenant)), None)
+        if rule is not None and eligible[i, at[rule.model]]:
+            pinned[i], rate[i] = at[rule.model], 0.0
+            continue
+        experiment = router.policy.exploration(task, tenant)
+        if experiment is not None:
+            among = [j for model in experiment.models if eligible[i, j := at[model]]]
+            if len(among) > 1:
+                rate[i], drawn[i] = experiment.rate, False
+                drawn[i, among] = True
     known = router.reliability or Reliability.perfect(len(router.catalog))
     default = router.policy.default_model
     seen = Seen(
-        p_ok, claim, cost, eligible, pinned, np.array(known.failure), router.policy,
-        -1 if default is None else router.catalog.index[default],
+        p_ok, claim, cost, eligible, pinned, rate, drawn, np.array(known.failure), router.policy,
+        -1 if default is None else at[default],
     )  # fmt: skip
     return seen.take(served), served

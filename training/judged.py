@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def judged_of(router: Router, rows: pl.DataFrame) -> Judged:
     return judge(router, seen, first.filter(pl.Series(served)), rows)
 
 
-def judged_of_decisions(router: Router, decisions: list[Mapping[str, Any]], rows: pl.DataFrame) -> Judged:
+def judged_of_decisions(router: Router, decisions: Sequence[Mapping[str, Any]], rows: pl.DataFrame) -> Judged:
     """The same from a store's decisions and its rows of the log, without prompts. Raises InputError where none is new.
 
     The bundle has made these decisions itself, so it has not learnt from them.

@@ -181,6 +181,9 @@ def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None,
         except NoEligibleModelError:
             continue
         rest = [c.model for c in decision.candidates[1:]] if decision.propensity < 1.0 else []
+        experiment = router.policy.exploration(request.task, request.tenant)
+        if experiment is not None and len(among := {c.model for c in decision.candidates} & {*experiment.models}) > 1:
+            rest = [model for model in rest if model in among]
         for model in (decision.model, *rest):
             if model not in catalog:
                 raise InputError(f"the router may choose {model!r}, which the catalogue does not list")

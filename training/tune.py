@@ -214,12 +214,12 @@ class _Game:
     """The test of one choice of models after another on the same rows, for "the mean quality is below `least`"."""
 
     def __init__(self, judged: Judged, least: float, method: Method, rng: np.random.Generator) -> None:
-        self.judged, self.least, self.rate = judged, least, judged.seen.policy.exploration_rate
+        self.judged, self.least = judged, least
         weight = 1.0 / judged.propensity
         self.weight = np.where(judged.full, 1.0, weight)
         every, self.unit, self.size = np.unique(judged.unit, return_inverse=True, return_counts=True)
         self.units = len(every)
-        alike = self.rate == 0.0 and self.units == len(judged) and np.ptp(self.weight) < 1e-9
+        alike = not judged.seen.rate.any() and self.units == len(judged) and np.ptp(self.weight) < 1e-9
         if method in ("binomial", "hoeffding-bentkus") and not alike:
             raise InputError(
                 f"the method {method!r} needs rows that all weigh the same, without sessions and exploration: "
@@ -258,16 +258,15 @@ class _Game:
     def _weighted(self, chosen: IntArray) -> tuple[Array, Array]:
         """Weight and quality of each row: what it says of the policy that takes `chosen` and explores at its rate."""
         of, rows = self.judged, np.arange(len(chosen))
-        count = of.seen.eligible.sum(axis=1)
-        explores = (of.seen.pinned < 0) * self.rate
-        taken = (1.0 - explores) * (of.action == chosen)
-        known = (of.action >= 0) & of.seen.eligible[rows, np.maximum(of.action, 0)]
-        weight = self.weight * (taken + explores / count * known)
-        quality = of.quality[rows, np.maximum(of.action, 0)]
+        rate, share = of.seen.rate, of.seen.drawn / of.seen.drawn.sum(axis=1, keepdims=True)
+        action = np.maximum(of.action, 0)
+        explored = np.where(of.action >= 0, share[rows, action], 0.0)
+        weight = self.weight * ((1.0 - rate) * (of.action == chosen) + rate * explored)
+        quality = of.quality[rows, action]
         if of.full.any():
-            mean = np.where(of.seen.eligible, of.quality, 0.0).sum(axis=1) / count
             mixed = of.quality[rows, chosen]
-            mixed = np.where(explores > 0.0, (1.0 - explores) * mixed + explores * mean, mixed)
+            mean = np.where(of.seen.drawn, of.quality * share, 0.0).sum(axis=1)
+            mixed = np.where(rate > 0.0, (1.0 - rate) * mixed + rate * mean, mixed)
             weight, quality = np.where(of.full, 1.0, weight), np.where(of.full, mixed, quality)
         return weight, quality
 
