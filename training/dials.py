@@ -35,11 +35,11 @@ class Setting(NamedTuple):
 def sequence(kind: Kind) -> tuple[Setting, ...]:
     """The settings of a dial from the safest to the cheapest; the same for every log, so that no outcome enters.
 
-    Least probabilities from 0.99 to 0 in steps of 0.01; worths from 10 USD an answer to a millionth, eight a decade.
+    Least probabilities from 0.99 to 0 in steps of 0.01; worths from 10 USD an answer to a millionth, sixteen a decade.
     """
     if kind == "min_probability":
         return tuple(Setting(kind, round(0.01 * i, 2)) for i in range(99, -1, -1))
-    return tuple(Setting(kind, float(f"{10 ** (1 - i / 8):.3g}")) for i in range(57))
+    return tuple(Setting(kind, float(f"{10 ** (1 - i / 16):.3g}")) for i in range(113))
 
 
 @dataclass(frozen=True)
