@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
+    from router_ml.catalog import Catalog
+
 LOGS = click.option("--logs", type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
 STORE = click.option("--store", help="A service's store instead: SQLite file or SQLAlchemy URL.")
 POLICY = click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
@@ -93,11 +95,145 @@ def tune(
             "chosen": None if found.chosen is None else found.chosen._asdict(),
             "rows": found.rows, "considered": found.considered, "informative": found.informative,
             "max_weight": found.max_weight, "assumptions": list(found.assumptions),
-            "settings": found.to_frame().to_dicts(),
+            "settings": [_plain(row) for row in found.to_frame().iter_rows(named=True)],
         },
     )  # fmt: skip
     _draw(plot, found.plot)
     sys.exit(0 if at is not None else 1)
+
+
+CATALOG = click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory has its own.")
+TASK = click.option("--task", help="Only requests of this task.")
+EFFECT = click.option("--effect", default=0.05, show_default=True, help="The least difference in mean quality to see.")
+POWER = click.option("--power", default=0.8, show_default=True, help="How probably it is to be seen.")
+
+
+@click.command()
+@click.argument("model_a")
+@click.argument("model_b")
+@LOGS
+@STORE
+@CATALOG
+@TASK
+@EFFECT
+@POWER
+@CONFIDENCE
+@JSON
+@PLOT
+def compare(
+    model_a: str, model_b: str, logs: Path | None, store: str | None, catalog: Path | None, task: str | None,
+    effect: float, power: float, confidence: float, json_path: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """Compare MODEL_A with MODEL_B from logs: quality and cost, or what it takes to tell.
+
+    Example: router-ml compare aurora-4 summit-pro --logs logs --task code
+    """
+    from training.compare import compare as run
+
+    frame, cards = _log(logs, store), _cards(logs, catalog)
+    found = run(frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence)
+    on = f"{found.n:,} of {found.considered:,} requests" + (f" of task {task}" if task else "")
+    if found.quality is None:
+        click.echo(f"{model_a} - {model_b}: not identified on {found.considered:,} requests: {found.why}")
+    else:
+        ways = {"paired": "sent to both", "randomised": "whose model was drawn, doubly robust"}
+        click.echo(f"{model_a} - {model_b}, on {on}, {ways[found.how]}; {confidence:.0%} intervals")
+        for name, unit, of in (("quality", "", found.quality), ("cost", " USD a request", found.cost_usd)):
+            said = "not known" if of is None else f"{of.value:+.4g}{unit}, from {of.low:+.4g} to {of.high:+.4g}"
+            click.echo(f"  {name:8} {said}")
+        if found.experiment is None:
+            better = model_a if found.quality.low > 0.0 else model_b if found.quality.high < 0.0 else None
+            click.echo(f"  {better} is better" if better else f"  they differ by less than {effect:g}")
+    for line in found.warnings:
+        click.echo(f"  note: {line}")
+    if found.experiment is not None:
+        click.echo("\n".join(f"  {line}" for line in found.experiment.in_words))
+        click.echo("  router-ml explore --plan spreads them over days within a budget")
+    _write(
+        json_path,
+        {
+            **{n: getattr(found, n) for n in ("model_a", "model_b", "task", "how", "n", "considered", "confidence")},
+            "why": found.why, "warnings": list(found.warnings),
+            **{n: e._asdict() for n, e in (("quality", found.quality), ("cost_usd", found.cost_usd)) if e is not None},
+            "experiment": None if found.experiment is None else _plain(found.experiment.to_frame().to_dicts()[0]),
+        },
+    )  # fmt: skip
+    _draw(plot, found.plot)
+
+
+@click.command()
+@click.argument("model_a")
+@click.argument("model_b")
+@LOGS
+@STORE
+@CATALOG
+@TASK
+@EFFECT
+@POWER
+@CONFIDENCE
+@click.option("--plan", is_flag=True, help="Spread the requests over days; without it: how far the log is.")
+@click.option("--budget-usd-per-day", type=float, help="What a day may cost more than without the experiment.")
+@click.option("--max-rate", default=0.2, show_default=True, help="The largest share of such requests to draw.")
+@click.option("--requests-per-day", type=float, help="How many such requests come; by default as in the log.")
+@POLICY
+@click.option("--out", type=PathArg, help="With --plan: write the policy with the experiment in it, TOML.")
+@JSON
+@PLOT
+def explore(
+    model_a: str, model_b: str, logs: Path | None, store: str | None, catalog: Path | None, task: str | None,
+    effect: float, power: float, confidence: float, plan: bool, budget_usd_per_day: float | None, max_rate: float,
+    requests_per_day: float | None, policy: Path | None, out: Path | None, json_path: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """Plan the exploration that tells MODEL_A from MODEL_B; the policy that --out writes carries it out.
+
+    Example: router-ml explore aurora-4 summit-pro --logs logs --plan --budget-usd-per-day 5 --out policy.toml
+    """
+    from training.experiment import plan_experiment, schedule, write_policy
+
+    if not plan and (out or budget_usd_per_day is not None or policy):
+        raise InputError("--out, --policy and --budget-usd-per-day belong to --plan: add it")
+    frame, cards = _log(logs, store), _cards(logs, catalog)
+    found = plan_experiment(
+        frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence,
+        requests_per_day=requests_per_day,
+    )  # fmt: skip
+    click.echo("\n".join(found.in_words))
+    written: dict[str, Any] = {"experiment": _plain(found.to_frame().to_dicts()[0])}
+    drawing: Any = found.plot
+    if plan:
+        made = schedule(found, budget_usd_per_day=budget_usd_per_day, max_rate=max_rate)
+        drawing, days = made.plot, made.days
+        click.echo(
+            f"  {found.per_day:,.0f} such requests a day, of which {made.rate:.4g} are drawn, for {len(days)} days"
+        )
+        click.echo("day     drawn   extra USD   power")
+        for row in days.iter_rows(named=True):
+            if row["day"] <= 10 or row["day"] == len(days):
+                click.echo(f"{row['day']:3d}  {row['drawn']:8.1f}  {row['extra_usd']:10.4f}   {row['power']:.3f}")
+            elif row["day"] == 11:
+                click.echo("  …")
+        written |= {"rate": made.rate, "days": [_plain(row) for row in days.iter_rows(named=True)]}
+        if out is not None:
+            changed = write_policy(made.rule, out, base=policy, catalog=cards)
+            click.echo(f"written to {out}, policy version {changed.version}; take the entry out again when it is done")
+    _write(json_path, written)
+    _draw(plot, drawing)
+
+
+def _cards(logs: Path | None, catalog: Path | None) -> Catalog:
+    from router_ml.catalog import Catalog
+    from router_ml.logs import read_log_info
+
+    if catalog is not None:
+        return Catalog.load(catalog)
+    if logs is None or logs.is_file():
+        raise InputError("a store or a single file has no catalogue in it: give --catalog FILE")
+    return Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    return {name: None if value != value else value for name, value in row.items()}
 
 
 def _log(logs: Path | None, store: str | None, since: datetime | None = None) -> pl.DataFrame:

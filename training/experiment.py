@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +13,7 @@ import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.policy import Exploration
+from router_ml.policy import Exploration, Policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +75,19 @@ class Experiment:
     def power_after(self, requests: float) -> float:
         """Probability of a difference of `effect` being seen after so many more requests, drawn evenly."""
         return _power(self.a, self.b, requests, self.effect, self.confidence)
+
+    @property
+    def in_words(self) -> tuple[str, ...]:
+        """What the log can show as it is, and what is missing."""
+        arms = ", ".join(f"{arm.outcomes:,} of {arm.model}" for arm in (self.a, self.b))
+        now = f"a difference of {self.effect:g} is seen with probability {self.power_now:.2f} by the outcomes of drawn "
+        now += f"models that the log has ({arms})"
+        if not self.requests:
+            return now, f"that is the power of {self.power:g} asked for: no further request is needed"
+        return now, (
+            f"{self.requests:,} more requests, drawn evenly from the two, make it {self.power:g}; they cost "
+            f"{self.cost_usd:.4g} USD, and {self.anyway_usd:.4g} USD as they are routed now"
+        )
 
     def to_frame(self) -> pl.DataFrame:
         """One row: the plan's numbers."""
@@ -201,6 +216,29 @@ def schedule(experiment: Experiment, *, budget_usd_per_day: float | None = None,
         }
     )
     return Schedule(experiment, rate, days)
+
+
+def write_policy(rule: Exploration, out: Path, *, base: Path | None, catalog: Catalog) -> Policy:
+    """Writes the policy file `base` (None: the default policy) with this experiment at its end; returns what it says.
+
+    Raises InputError where another experiment of the policy would come first, and where the file is not valid.
+    """
+    text = base.read_text(encoding="utf-8") if base else ""
+    if text and not text.endswith("\n"):
+        text += "\n"
+    text += f"[[explore]]\nmodels = {json.dumps(rule.models)}\nrate = {rule.rate!r}\n"
+    text += f"task = {json.dumps(rule.task)}\n" if rule.task else ""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        made = Policy.load(aside).check_models(catalog)
+        if made.exploration(rule.task, None) != rule:
+            raise InputError(f"{base} has an [[explore]] that comes before this one: take it out first")
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return made
 
 
 def both_may_serve(log: pl.DataFrame, catalog: Catalog, a: str, b: str, task: str | None) -> pl.DataFrame:
