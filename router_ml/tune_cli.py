@@ -186,7 +186,7 @@ def explore(
 ) -> None:  # fmt: skip
     """Plan the exploration that tells MODEL_A from MODEL_B; the policy that --out writes carries it out.
 
-    Example: router-ml explore aurora-4 summit-pro --logs logs --plan --budget-usd-per-day 5 --out policy.toml
+    Example: router-ml explore aurora-4 summit-pro --logs logs --plan --out policy.toml
     """
     from training.experiment import plan_experiment, schedule, write_policy
 
