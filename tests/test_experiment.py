@@ -192,9 +192,8 @@ def run(*args: str | Path) -> Result:
 
 def test_the_commands_plan_from_a_log(catalog: Catalog, tmp_path: Path) -> None:
     write_log([fixed_log()], tmp_path / "logs", catalog=catalog)
-    said = run(
-        "compare", "frontier", "mid", "--logs", tmp_path / "logs", "--task", "code", "--json", tmp_path / "c.json"
-    )
+    asked = ("frontier", "mid", "--logs", tmp_path / "logs", "--task", "code")
+    said = run("compare", *asked, "--json", tmp_path / "c.json")
     assert said.exit_code == 0, said.output
     assert "not identified" in said.stdout and "more requests, drawn evenly" in said.stdout
     needed = json.loads((tmp_path / "c.json").read_text())["experiment"]["requests"]

@@ -78,7 +78,7 @@ def test_the_promise_is_kept_over_many_logs(logging: str, rows: int, rate: float
     total, at = pool.seen.total, np.arange(len(pool))
     chosen = {s: pool.seen.choices(s, total) for s in settings}
     reached = {s: (1 - rate) * true[at, c].mean() + rate * true.mean() for s, c in chosen.items()}
-    least, times, wrong, found_some, cost = 0.74, 150, 0, 0, []
+    least, times, wrong, found_some, cost = 0.74, 120, 0, 0, []
     for _ in range(times):
         of = rng.integers(0, len(pool), rows)
         sample = pool.take(of)
@@ -104,12 +104,14 @@ def test_what_is_missing_is_said_and_would_do() -> None:
     found = tune_judged(sample, min_quality=least, dials=["min_probability"])
     assert found.chosen is None and found.more_rows is not None
     assert f"some {found.more_rows:,} rows more" in found.why and f"{found.lower[0]:.3f}" in found.why
-    with_more = [
-        tune_judged(
-            logged(pool.take(rng.integers(0, 20_000, n)), "uniform", rng), min_quality=least, dials=["min_probability"]
-        ).chosen
-        for n in [900 + found.more_rows] * 12
-    ]
+    n, total = 900 + found.more_rows, pool.seen.total
+    chosen = {s: pool.seen.choices(s, total) for s in sequence("min_probability")}
+    with_more = []
+    for _ in range(12):
+        of = rng.integers(0, 20_000, n)
+        again = logged(replace(pool.take(of), unit=np.arange(n)), "uniform", rng)
+        some = {s: c[of] for s, c in chosen.items()}
+        with_more.append(tune_judged(again, min_quality=least, dials=["min_probability"], choices=some).chosen)
     assert sum(c is not None for c in with_more) >= 6
     never = tune_judged(sample, min_quality=0.99)
     assert never.more_rows is None and "no number of rows will do" in never.why
