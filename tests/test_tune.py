@@ -126,7 +126,7 @@ def test_sessions_count_once_and_exploration_is_part_of_the_policy() -> None:
     sessions = replace(pool.take(again), unit=again)
     one = tune_judged(pool.take(np.arange(100)), min_quality=0.6, method="betting")
     many = tune_judged(sessions, min_quality=0.6)
-    assert many.method == "betting" and "each of which counts as one" in " ".join(many.assumptions)
+    assert many.method == "betting" and "counts as 20 requests" in " ".join(many.assumptions)
     assert many.lower == pytest.approx(one.lower, abs=1e-3)
     explores = replace(pool, seen=replace(pool.seen, rate=np.full(3000, 0.5)))
     calm, wild = (tune_judged(j, min_quality=0.6, method="betting") for j in (pool, explores))
@@ -134,6 +134,26 @@ def test_sessions_count_once_and_exploration_is_part_of_the_policy() -> None:
     greedy = pool.quality[rows, pool.seen.choices(wild.settings[0])]
     assert wild.quality[0] == pytest.approx((0.5 * greedy + 0.5 * eligible).mean())
     assert calm.quality[0] == pytest.approx(greedy.mean())
+
+
+def test_requests_of_a_session_fail_together() -> None:
+    rng = np.random.default_rng(7)
+    pool, true = population(rng, 5000)
+    length = rng.integers(1, 9, 5000)  # of the session that begins with each request, which then only repeats it
+    first = sequence("min_probability")[0]
+    chosen = pool.seen.choices(first)
+    least = float(np.average(true[np.arange(5000), chosen], weights=length))
+    passed, times = 0, 250
+    for _ in range(times):
+        of = rng.integers(0, 5000, 150)
+        rows = np.repeat(np.arange(150), length[of])
+        fresh = (rng.random((150, 3)) < true[of]).astype(float)
+        sample = replace(pool.take(of[rows]), quality=fresh[rows], unit=rows)
+        choices = {s: chosen[of[rows]] for s in sequence("min_probability")}
+        found = tune_judged(sample, min_quality=least, dials=["min_probability"], choices=choices)
+        assert found.quality[0] == pytest.approx(fresh[rows, chosen[of[rows]]].mean()), "each request counts the same"
+        passed += found.p_value[0] <= 0.05
+    assert passed <= times * 0.05 + 2.6 * np.sqrt(times * 0.05 * 0.95)
 
 
 def test_only_what_was_drawn_counts() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Method = Literal["auto", "betting", "binomial", "hoeffding-bentkus"]
 METHODS: tuple[Method, ...] = ("auto", "betting", "binomial", "hoeffding-bentkus")
+LONGEST = 20
+"""A longer session counts as one of so many requests: what one session can say has to be bounded beforehand."""
 POWER_Z = 0.8416
 """Standard normal quantile of 0.8: with how many rows it will be shown in four cases of five."""
 
@@ -217,8 +219,9 @@ class _Game:
         self.judged, self.least = judged, least
         weight = 1.0 / judged.propensity
         self.weight = np.where(judged.full, 1.0, weight)
-        every, self.unit, self.size = np.unique(judged.unit, return_inverse=True, return_counts=True)
-        self.units = len(every)
+        every, self.unit, size = np.unique(judged.unit, return_inverse=True, return_counts=True)
+        self.units, self.longest = len(every), int(size.max())
+        self.part = np.minimum(1.0, LONGEST / size)[self.unit]  # of each row
         alike = not judged.seen.rate.any() and self.units == len(judged) and np.ptp(self.weight) < 1e-9
         if method in ("binomial", "hoeffding-bentkus") and not alike:
             raise InputError(
@@ -235,7 +238,7 @@ class _Game:
         told = ~np.isnan(quality) & (weight > 0.0)
         if not told.any():
             return _Score(1.0, float("nan"), 0.0, 0)
-        x, w = quality[told], weight[told]
+        x, w = quality[told], (weight * self.part)[told]
 
         def p_value(least: float) -> float:
             if self.method == "binomial":
@@ -245,7 +248,7 @@ class _Game:
             z = np.zeros(len(quality))
             z[told] = w * (x - least)
             if self.units < len(z):
-                z = np.bincount(self.unit, z, self.units) / self.size
+                z = np.bincount(self.unit, z, self.units) / min(self.longest, LONGEST)
             return betting_p(z, self.max_weight * least, alpha)
 
         low = 0.0
@@ -308,7 +311,8 @@ def _assumptions(
         "what is promised: the mean quality of first answers under this bundle and policy, on requests like these; "
         "not of each request, and not of each task or tenant",
         "later traffic is like this slice, and its rows are independent of each other"
-        + (" but within a session, each of which counts as one" if game.units < len(judged) else ""),
+        + (" but within a session" if game.units < len(judged) else "")
+        + (f", a longer one of which counts as {LONGEST} requests" if game.longest > LONGEST else ""),
         f"the {'dials, their ' if kinds > 1 else ''}settings and their order were fixed before the slice was seen"
         + (f"; each dial is tested at {1 - (1 - confidence) / kinds:g}" if kinds > 1 else ""),
     ]
