@@ -118,7 +118,7 @@ def test_what_is_missing_is_said_and_would_do() -> None:
     assert never.to_frame()["chosen"].sum() == 0 and never.plot().axes
 
 
-def test_sessions_count_once_and_exploration_is_part_of_the_policy() -> None:
+def test_a_long_session_is_bounded_and_exploration_is_part_of_the_policy() -> None:
     rng = np.random.default_rng(5)
     pool, _ = population(rng, 3000)
     # Each session is one request thirty times over: as much evidence as one of them.
@@ -149,7 +149,7 @@ def test_requests_of_a_session_fail_together() -> None:
         rows = np.repeat(np.arange(150), length[of])
         fresh = (rng.random((150, 3)) < true[of]).astype(float)
         sample = replace(pool.take(of[rows]), quality=fresh[rows], unit=rows)
-        choices = {s: chosen[of[rows]] for s in sequence("min_probability")}
+        choices = dict.fromkeys(sequence("min_probability"), chosen[of[rows]])
         found = tune_judged(sample, min_quality=least, dials=["min_probability"], choices=choices)
         assert found.quality[0] == pytest.approx(fresh[rows, chosen[of[rows]]].mean()), "each request counts the same"
         passed += found.p_value[0] <= 0.05
