@@ -83,14 +83,12 @@ def assign(policy: CanaryPolicy, version: str, request: RouteRequest, draw: floa
 def probability(preferred: RouteDecision, model: str) -> float:
     """How probably a router would choose `model`, from the decision that it makes on the request without exploring.
 
-    What is not the probability of the preferred model is spread evenly over the other candidates.
+    What is not the probability of the preferred model is spread evenly over the others that exploration draws from.
     """
     if model == preferred.model:
         return preferred.propensity
-    others = len(preferred.candidates) - 1
-    if not any(candidate.model == model for candidate in preferred.candidates):
-        return 0.0
-    return (1.0 - preferred.propensity) / others
+    drawn = [c.model for c in preferred.candidates] if preferred.drawn is None else preferred.drawn
+    return (1.0 - preferred.propensity) / (len(drawn) - (preferred.model in drawn)) if model in drawn else 0.0
 
 
 def mixture(assigned: Assignment, served: RouteDecision, other: RouteDecision) -> float:

@@ -145,6 +145,7 @@ def choose(
     default: int | None = None,
     unmet: str = "most-probable",
     exploration_rate: float = 0.0,
+    explored: Sequence[int] | None = None,
     draw: tuple[float, float] = (1.0, 0.0),
 ) -> Choice:
     """Among the eligible candidates whose probability meets the dial, the one of the least expected total cost.
@@ -166,7 +167,8 @@ def choose(
     `p_ok` and `cost_usd` (of a call, its retries included) are float32 [m], `failure` is [m] or None for no failures,
     `eligible` is bool [m] with at least one True. A NaN probability never meets a dial, a NaN cost is the highest.
     `draw` holds two uniform numbers in [0, 1): the first decides whether to explore, the second where to.
-    The propensity is (1 - rate) * [greedy] + rate / eligible, exact for every candidate; a pinned model has 1.
+    The propensity is (1 - rate) * [greedy] + rate / eligible, exact for every candidate; a pinned model has 1. With
+    `explored`, positions of eligible models, the draw is among those alone, and so is the second term.
     """
     # Lists, not arrays: for a dozen candidates plain Python is several times faster than numpy.
     p, cost = p_ok.tolist(), [c if c == c else math.inf for c in cost_usd.tolist()]
@@ -222,21 +224,24 @@ def choose(
         greedy, reason = settle(
             incumbent, at, greedy, reason, min_probability=min_probability, p=p, loss=loss, meeting=good, fixed=fixed
         )
-    first, explored = greedy, False
+    first, explores = greedy, False
     if pinned is not None and eligible[pinned]:
         first, reason = at.index(pinned), "a rule pins this model"
         propensity = 1.0
     else:
+        drawn: Sequence[int] = range(size) if explored is None else [at.index(i) for i in explored]
         if exploration_rate > 0.0 and draw[0] < exploration_rate:
-            first, explored = min(int(draw[1] * size), size - 1), True
+            first, explores = drawn[min(int(draw[1] * len(drawn)), len(drawn) - 1)], True
             reason = "exploration: drawn uniformly from the eligible candidates"
-        propensity = (1.0 - exploration_rate) * (first == greedy) + exploration_rate / size
+            if explored is not None:
+                reason = "exploration: drawn uniformly from the models of an experiment"
+        propensity = (1.0 - exploration_rate) * (first == greedy) + exploration_rate / len(drawn) * (first in drawn)
     if order[0] != first:
         order = [first, *(i for i in order if i != first)]
     return Choice(
         tuple([at[i] for i in order]),
         propensity,
-        explored,
+        explores,
         claim[first] >= min_probability,
         reason,
         tuple([total[i] for i in order]),

@@ -14,6 +14,7 @@ from router_ml import __version__
 from router_ml.audit_cli import audit
 from router_ml.serve_cli import serve
 from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
+from router_ml.tune_cli import compare, explore, tune
 
 ENCODER = click.option(
     "--encoder",
@@ -279,6 +280,8 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 main.add_command(audit)
 main.add_command(serve)
+for command in (tune, compare, explore):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

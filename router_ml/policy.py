@@ -47,6 +47,20 @@ class Rule:
         return self.task in (None, request.task) and self.tenant in (None, request.tenant)
 
 
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """An experiment: of the requests whose `task` and `tenant` match (None matches all) the share `rate` is drawn
+    evenly from those of `models` that may serve, in place of the policy's `exploration_rate`.
+
+    It does not apply to a request that fewer than two of them may serve.
+    """
+
+    models: tuple[str, ...]
+    rate: float
+    task: str | None = None
+    tenant: str | None = None
+
+
 @dataclass(frozen=True)
 class Policy:
     """What a product owner sets. `tiers` maps a tier's name to the least probability of an acceptable answer, or to a
@@ -55,8 +69,9 @@ class Policy:
     `escalation_rate` is the share of unacceptable answers that are asked again of a stronger model (`costs`).
     `keys` maps a key to the models it may use (a key that is not listed may use all). `unmet` says what happens when
     no candidate meets the dial: the most probable one, or `default_model`. `exploration_rate` is the share of requests
-    that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done.
-    `session` says when a conversation leaves its model, `canary` how much of the traffic a challenger decides.
+    that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done; the first
+    of `explore` that matches a request takes its place. `session` says when a conversation leaves its model, `canary`
+    how much of the traffic a challenger decides.
     """
 
     tiers: Mapping[str, float | Dial] = field(default_factory=lambda: dict(DEFAULT_TIERS))
@@ -67,6 +82,7 @@ class Policy:
     escalation_rate: float = 1.0
     unmet: Literal["most-probable", "default"] = "most-probable"
     rules: tuple[Rule, ...] = ()
+    explore: tuple[Exploration, ...] = ()
     keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
     session: SessionPolicy = field(default_factory=SessionPolicy)
     canary: CanaryPolicy = field(default_factory=CanaryPolicy)
@@ -93,6 +109,8 @@ class Policy:
             "session": asdict(self.session),
             # Left out while it is the default: versions of policies without one stay, and older programs read them.
             **({} if self.canary == CanaryPolicy() else {"canary": asdict(self.canary)}),
+            # Only where there is one, so that the versions of all other policies stay.
+            **({"explore": [{**asdict(e), "models": list(e.models)} for e in self.explore]} if self.explore else {}),
         }
 
     @classmethod
@@ -110,6 +128,8 @@ class Policy:
                 values["tiers"] = {name: _tier(name, tier) for name, tier in _table("tiers", values["tiers"]).items()}
             if "rules" in values:
                 values["rules"] = tuple(_rule(rule) for rule in _array("rules", values["rules"]))
+            if "explore" in values:
+                values["explore"] = tuple(_exploration(one) for one in _array("explore", values["explore"]))
             if "keys" in values:
                 values["keys"] = {str(k): _key_models(str(k), v) for k, v in _table("keys", values["keys"]).items()}
             if "session" in values:
@@ -134,7 +154,8 @@ class Policy:
 
     def check_models(self, catalog: Catalog) -> Policy:
         """Returns itself when every model it names is in the catalogue; raises InputError otherwise."""
-        named = [rule.model for rule in self.rules] + sorted(set().union(*self.keys.values()) if self.keys else ())
+        named = [rule.model for rule in self.rules] + [model for one in self.explore for model in one.models]
+        named += sorted(set().union(*self.keys.values()) if self.keys else ())
         for model in [*named, *([self.default_model] if self.default_model else [])]:
             if model not in catalog:
                 raise InputError(f"the policy names model {model!r}, which the catalogue does not list")
@@ -151,6 +172,11 @@ class Policy:
             if dial.quality_threshold is not None:
                 check_threshold(dial.quality_threshold, thresholds, f"tier {name!r}: ")
         return self
+
+    def exploration(self, task: str | None, tenant: str | None) -> Exploration | None:
+        """The experiment that takes the place of `exploration_rate` for such requests."""
+        matching = (e for e in self.explore if e.task in (None, task) and e.tenant in (None, tenant))
+        return next(matching, None)
 
     def dial(self, request: RouteRequest) -> Dial:
         """The dial of this request: its tier, or its own `min_probability`, and what it says beside them.
@@ -286,6 +312,19 @@ def _rule(value: Any) -> Rule:
     if not isinstance(value["model"], str) or not all(v is None or isinstance(v, str) for v in value.values()):
         raise InputError("a rule's model, task and tenant have to be strings")
     return Rule(**value)
+
+
+def _exploration(value: Any) -> Exploration:
+    known = Exploration.__dataclass_fields__
+    if not isinstance(value, Mapping) or not {"models", "rate"} <= set(value) <= set(known):
+        raise InputError("every [[explore]] has to be a table with models, a rate and, where wanted, task and tenant")
+    models = _array("models", value["models"])
+    if not all(isinstance(model, str) for model in models) or not len(models) == len(set(models)) > 1:
+        raise InputError("the models of [[explore]] have to be two or more different models' ids")
+    if not all(value.get(name) is None or isinstance(value[name], str) for name in ("task", "tenant")):
+        raise InputError("the task and tenant of [[explore]] have to be strings")
+    _share(value["rate"], "the rate of [[explore]]")
+    return Exploration(**{**value, "models": tuple(models)})
 
 
 def _key_models(key: str, value: Any) -> frozenset[str]:

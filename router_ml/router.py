@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from router_ml.catalog import Catalog
-from router_ml.choice import Constraints, choose
+from router_ml.choice import BoolArray, Constraints, choose
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
@@ -138,7 +138,10 @@ class Router:
             raise NoEligibleModelError(
                 "no model satisfies the request's constraints: relax one of them, or clear a model for it", excluded
             )
-        explore = policy.exploration_rate > 0.0 and (session is None or policy.session.explore)
+        rate, explored = policy.exploration_rate, None
+        if policy.explore:
+            rate, explored = self.exploration(request, eligible)
+        explore = rate > 0.0 and (session is None or policy.session.explore)
         incumbent, known = None, -1
         if session is not None:
             known = self.catalog.index.get(session.model, -1)
@@ -161,7 +164,8 @@ class Router:
             pinned=self._pinned(request) if policy.rules else None,
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
             unmet=policy.unmet,
-            exploration_rate=policy.exploration_rate if explore else 0.0,
+            exploration_rate=rate if explore else 0.0,
+            explored=explored,
             draw=(self.draw(), self.draw()) if explore else (1.0, 0.0),
         )
         ids, p_ok, costs = self.catalog.ids, estimate.p_ok.tolist(), cost.tolist()
@@ -183,6 +187,7 @@ class Router:
             excluded=excluded,
             propensity=choice.propensity,
             explored=choice.explored,
+            drawn=None if explored is None else tuple([ids[i] for i in explored]),
             meets_threshold=choice.meets_threshold,
             min_probability=min_probability,
             reason=choice.reason,
@@ -208,6 +213,15 @@ class Router:
 
     def _pinned(self, request: RouteRequest) -> int | None:
         return next((self.catalog.index[rule.model] for rule in self.policy.rules if rule.matches(request)), None)
+
+    def exploration(self, request: RouteRequest, eligible: BoolArray) -> tuple[float, list[int] | None]:
+        """(share of such requests that is drawn, among which positions; None: all that are `eligible`, bool [m])."""
+        experiment = self.policy.exploration(request.task, request.tenant)
+        if experiment is not None:
+            among = [i for model in experiment.models if eligible[i := self.catalog.index[model]]]
+            if len(among) > 1:
+                return experiment.rate, among
+        return self.policy.exploration_rate, None
 
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
         """Expected cost of one call per model in USD, its retries included, float32 [m].

@@ -131,7 +131,8 @@ class RouteDecision:
     candidate is cleared for: the request's, or the policy's default. `incumbent` is the model that the session was
     with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
     prompt cache was taken to hold of this request. `degraded` says that the router's twin made the estimates, since its
-    own learner was late. `arm` says which bundle's it is, where a canary ran.
+    own learner was late. `arm` says which bundle's it is, where a canary ran. `drawn` are the models that exploration
+    draws from, where these are not all candidates.
     """
 
     decision_id: str
@@ -152,6 +153,7 @@ class RouteDecision:
     cached_tokens: float | None = None
     degraded: bool = False
     arm: Arm | None = None
+    drawn: tuple[str, ...] | None = None
 
     @property
     def chosen(self) -> Candidate:

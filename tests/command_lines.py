@@ -15,6 +15,7 @@ from benchmarks.latency import main as latency
 from benchmarks.learning_curve import main as learning_curve
 from benchmarks.load import main as load
 from benchmarks.quality import main as quality
+from benchmarks.tune import main as tune
 from router_ml.cli import main as router_ml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,7 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m benchmarks.cold_start": cold_start,
     "python -m benchmarks.learning_curve": learning_curve,
     "python -m benchmarks.calibration": calibration,
+    "python -m benchmarks.tune": tune,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))

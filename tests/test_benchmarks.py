@@ -22,6 +22,7 @@ from benchmarks.latency import main as latency_main
 from benchmarks.learning_curve import main as learning_curve_main
 from benchmarks.quality import main as quality_main
 from benchmarks.sessions import main as sessions_main
+from benchmarks.tune import main as tune_main
 from router_ml.catalog import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,3 +299,25 @@ def test_the_service_under_load_beside_a_bare_endpoint(
     assert found["open_loop"]["p99_ms"] > found["open_loop"]["p50_ms"] > 0.0
     assert found["vs_paretobandit"]["p50_ratio"] > 10.0
     assert found["decisions_stored"] > 200
+
+
+def test_tuned_dials_keep_their_promise(matrix: Path, tmp_path: Path) -> None:
+    out, catalog = tmp_path / "tune.json", matrix.with_name("catalog.json")
+    cases = [option for name in ("full", "full_halves", "uniform_2500") for option in ("--only", name)]
+    done = invoked(
+        tune_main, "--matrix", matrix, "--catalog", catalog, "--encoder", "lexical", "--resplits", "10", "--fits", "1",
+        *cases, "--target", "0.85", "--target", "0.99", "--json", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert (found["resplits"], found["fits"], found["encoder"]) == (10, 1, "lexical")
+    for case in ("full", "full_halves", "uniform_2500"):
+        row = found[case]["0.85"]
+        assert row["violated"] <= 0.1 and row["certified"] >= row["violated"] and row["attainable"] == 1.0
+        assert found[case]["0.99"]["certified"] <= 0.1, "nobody reaches that"
+        assert case in done.stdout
+    drawn = found["full"]["0.85"]
+    assert drawn["certified"] == 1.0 and drawn["quality"] >= 0.85
+    assert 1.0 <= drawn["cost_over_oracle"] < 10
+    refused = invoked(tune_main, "--data", tmp_path)
+    assert refused.exit_code == 1 and "no published outcomes" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +17,7 @@ from features.load import load_router
 from router_ml.canary import CanaryPolicy, assign, mixture, probability
 from router_ml.conversation import request_of
 from router_ml.errors import InputError
-from router_ml.policy import Policy
+from router_ml.policy import Exploration, Policy
 from router_ml.router import Router
 from router_ml.types import RouteRequest
 
@@ -95,7 +96,13 @@ def routers(tiny_bundle: Path, sparse_bundle: Path) -> tuple[Router, Router]:
 
 def test_probabilities_of_a_routers_choice_are_those_it_draws_with(routers: tuple[Router, Router]) -> None:
     rng = np.random.default_rng(1)
-    for router in (replace(r, draw=rng.random) for r in routers):
+    experiments = [
+        (),
+        (Exploration(models=("mid", "hosted"), rate=0.4),),
+        (Exploration(models=("local", "mid"), rate=0.4),),
+    ]
+    for router, explore in itertools.product(routers, experiments):
+        router = replace(router, draw=rng.random).with_policy(router.policy.with_changes(explore=explore))
         preferred = replace(router, draw=lambda: 1.0).decide(asked(candidates=("frontier", "mid", "hosted")))
         told = {model: probability(preferred, model) for model in router.catalog.ids}
         assert sum(told.values()) == pytest.approx(1.0) and told["local"] == 0.0 and not preferred.explored

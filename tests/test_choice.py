@@ -229,17 +229,18 @@ def test_propensities_over_the_eligible_sum_to_one(data: st.DataObject, m: int, 
     assert all(eligible[i] for i in propensity)
 
 
-def test_propensities_are_the_frequencies() -> None:
+@pytest.mark.parametrize("among", [None, [0, 2], [1, 2]])
+def test_propensities_are_the_frequencies(among: list[int] | None) -> None:
     p, cost = np.array([0.9, 0.8, 0.95, 0.99], np.float32), np.array([3, 2, 4, 1], np.float32)
     eligible = np.array([True, True, True, False])
     rng, n = np.random.default_rng(7), 40_000
     seen: dict[int, list[float]] = {}
     explored = 0
     for draw in rng.random((n, 2)).tolist():
-        choice = choose(p, cost, eligible, 0.7, exploration_rate=0.3, draw=(draw[0], draw[1]))
+        choice = choose(p, cost, eligible, 0.7, exploration_rate=0.3, explored=among, draw=(draw[0], draw[1]))
         seen.setdefault(choice.order[0], []).append(choice.propensity)
         explored += choice.explored
-    assert set(seen) == {0, 1, 2}
+    assert set(seen) == {1, *(among or [0, 2])}
     for propensities in seen.values():
         (propensity,) = set(propensities)
         assert abs(len(propensities) / n - propensity) < 4 * math.sqrt(propensity * (1 - propensity) / n)

@@ -10,7 +10,7 @@ import pytest
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.policy import Dial, Policy, Rule
+from router_ml.policy import Dial, Exploration, Policy, Rule
 from router_ml.types import RouteRequest
 
 
@@ -78,6 +78,14 @@ model = "local"
 task = "code"
 [keys.gateway]
 models = ["mid", "local"]
+[[explore]]
+models = ["mid", "frontier"]
+rate = 0.2
+task = "code"
+tenant = "acme"
+[[explore]]
+models = ["hosted", "frontier"]
+rate = 0.1
 """
 
 
@@ -93,6 +101,12 @@ def test_a_policy_file_says_it_all(tmp_path: Path, catalog: Catalog) -> None:
         policy.check_thresholds((0.5,))
     again = Policy.from_json(json.loads(json.dumps(policy.to_json())))
     assert again == policy and len(policy.version) == 12
+    first, second = policy.explore
+    assert first == Exploration(("mid", "frontier"), 0.2, "code", "acme")
+    assert policy.exploration("code", "acme") is first and policy.exploration("code", None) is second
+    with pytest.raises(InputError, match="names model 'frontier'"):
+        policy.check_models(catalog.subset(["mid", "local", "hosted"]))
+    assert "explore" not in Policy().to_json(), "the versions of other policies stay as they were"
     changed = policy.with_changes(exploration_rate=0.06)
     assert changed.version != policy.version and changed.rules == policy.rules
 
@@ -127,6 +141,12 @@ def test_a_policy_file_says_it_all(tmp_path: Path, catalog: Catalog) -> None:
         ("[[rules]]\ntask = 'code'", "every rule has to be a table with a model"),
         ("[[rules]]\nmodel = 'm'\ntopic = 'code'", "nothing else"),
         ("[[rules]]\nmodel = 3", "have to be strings"),
+        ("explore = 1", "'explore' has to be an array"),
+        ("[[explore]]\nrate = 0.1", "every .* has to be a table with models, a rate"),
+        ("[[explore]]\nmodels = ['a', 'b']\nrate = 2", "rate of .* has to be a number in"),
+        ("[[explore]]\nmodels = ['a', 'a']\nrate = 0.1", "two or more different"),
+        ("[[explore]]\nmodels = [['a'], 3]\nrate = 0.1", "two or more different"),
+        ("[[explore]]\nmodels = ['a', 'b']\nrate = 0.1\ntask = 3", "have to be strings"),
         ("keys = []", "'keys' has to be a table"),
         ("[keys]\na = 'm'", "key 'a' has to be a table"),
         ("[keys.a]\nmodels = 'm'", "'models' has to be an array"),

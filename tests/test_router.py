@@ -14,8 +14,9 @@ import pytest
 from router_ml.catalog import Catalog
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
-from router_ml.policy import Dial, Policy, Rule
+from router_ml.policy import Dial, Exploration, Policy, Rule
 from router_ml.router import Router, new_id
+from router_ml.session import Session
 from router_ml.types import Estimate, Message, RouteRequest
 
 PLAIN = Policy(escalation_rate=0.0)
@@ -144,6 +145,25 @@ def test_exploration_visits_every_eligible_model_with_its_propensity(router: Rou
     for model, p in propensity.items():
         assert abs(counts[model] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
     assert all(d.propensity < 0.2 for d in decisions if d.model != "local")
+
+
+def test_an_experiment_draws_from_its_models_alone(router: Router) -> None:
+    rng = random.Random(4)
+    experiment = Exploration(("frontier", "mid"), 0.5, task="code")
+    exploring = replace(router, policy=PLAIN.with_changes(explore=(experiment,)), draw=rng.random)
+    n = 3000
+    decisions = [exploring.decide(ask(task="code")) for _ in range(n)]
+    counts = Counter(d.model for d in decisions)
+    propensity = {d.model: d.propensity for d in decisions}
+    assert propensity == {"local": 0.5, "frontier": 0.25, "mid": 0.25}
+    for model, p in propensity.items():
+        assert abs(counts[model] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+    assert {d.model for d in decisions if d.explored} == {"frontier", "mid"}
+    # Elsewhere, and where only one of the two may serve, the policy's own rate holds.
+    assert {exploring.decide(ask()).propensity for _ in range(20)} == {1.0}
+    assert {exploring.decide(ask(task="code", region="eu")).propensity for _ in range(20)} == {1.0}
+    settled = Session("local")
+    assert exploring.decide_with_estimate(ask(task="code"), session=settled)[0].propensity == 1.0
 
 
 def test_ids_are_unique_and_sort_by_time() -> None:

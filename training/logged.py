@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from router_ml.canary import probability
 from router_ml.catalog import Catalog
 from router_ml.conversation import request_of_log_row
 from router_ml.errors import InputError, NoEligibleModelError
@@ -180,12 +181,11 @@ def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None,
             decision = greedy.decide(request)
         except NoEligibleModelError:
             continue
-        rest = [c.model for c in decision.candidates[1:]] if decision.propensity < 1.0 else []
-        for model in (decision.model, *rest):
-            if model not in catalog:
-                raise InputError(f"the router may choose {model!r}, which the catalogue does not list")
-            share = decision.propensity if model == decision.model else (1.0 - decision.propensity) / len(rest)
-            target[row, catalog.index[model]] = share
+        for model in (candidate.model for candidate in decision.candidates):
+            if (share := probability(decision, model)) > 0.0:
+                if model not in catalog:
+                    raise InputError(f"the router may choose {model!r}, which the catalogue does not list")
+                target[row, catalog.index[model]] = share
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,12 @@ def train(
         "keep_prompts": keep_prompts,
     }
     sha = log_sha256(frame)
-    calls = reliability(_before(frame, held_out), catalog).to_json()
+    before = _before(frame, held_out)
+    calls = reliability(before, catalog).to_json()
+    until = before["time"].max()
     manifest = {**params, "metrics": metrics, "log_sha256": sha, "reliability": calls}
+    if isinstance(until, datetime):  # what `held_out` goes by for other logs
+        manifest["trained_until"] = until.isoformat()
     version = save_router(out, made.estimator, manifest, learned(made).neighbours, twin)
     return Training(made, version, params, metrics, held_out, judged, front)
 
