@@ -33,7 +33,7 @@ demo: $(STAMP) ## the whole path: a log, training, MLflow, the service, routed r
 	$(BIN)/router-ml demo $${DATA:+--data "$$DATA"}
 
 test: $(STAMP) ## the whole test suite [ARGS="-k name"]
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: $(STAMP) ## the fuzzers at length: TIMES the examples that make test tries [TIMES=20]
 	@ROUTER_ML_FUZZ="$(TIMES)" nice $(BIN)/python -m pytest --timeout 0 tests/test_fuzz.py tests/test_fuzz_policy.py $(ARGS)
