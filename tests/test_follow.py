@@ -419,7 +419,7 @@ def test_a_second_alias_is_followed_for_the_challenger(
     monkeypatch.setattr("serving.shadow.LATE_SECONDS", 30.0)
     promote(registry, NAME, GOOD, "live")
     promote(registry, NAME, OTHER, "next")
-    following = {"model": f"{NAME}@live", "tracking_uri": registry, "cache": tmp_path / "cache", "poll_seconds": 0.1}
+    following = {"model": f"{NAME}@live", "tracking_uri": registry, "cache": tmp_path / "cache", "poll_seconds": 0.3}
     with running(None, tmp_path / "store.db", **following, challenger_alias="next") as live:
 
         def state() -> tuple[str | None, list[str]]:
