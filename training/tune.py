@@ -266,8 +266,8 @@ class _Game:
         if abs(weight.mean() - 1.0) <= max(4.0 * error, 0.01):
             return ()
         return (
-            f"IN DOUBT: weights average {weight.mean():.2f} and not 1, so its models were not drawn with the propensities "
-            "that the log states; what follows from them does not hold",
+            f"IN DOUBT: weights average {weight.mean():.2f} and not 1, so its models were not drawn with the "
+            "propensities that the log states; what follows from them does not hold",
         )
 
     def _weighted(self, chosen: IntArray) -> tuple[Array, Array]:
