@@ -167,15 +167,18 @@ def test_only_what_was_drawn_counts() -> None:
     assert any("not covered" in line for line in found.assumptions)
     same = tune_judged(half.take(~fixed), min_quality=0.6)
     assert found.p_value.tolist() == same.p_value.tolist()
+    assert not any("IN DOUBT" in line for line in found.assumptions)
+    wrong = tune_judged(replace(half, propensity=np.full(2000, 0.5)), min_quality=0.6)
+    assert "weights average 0.6" in wrong.assumptions[0]
     with pytest.raises(InputError, match="no request of the log was randomised"):
         tune_judged(mixed.take(fixed), min_quality=0.6)
     with pytest.raises(InputError, match="has no propensities"):
         tune_judged(replace(half, propensity=np.full(2000, np.nan)), min_quality=0.6)
     with pytest.raises(InputError, match="weigh the same"):
         tune_judged(logged(pool, "uneven", rng), min_quality=0.6, method="binomial")
-    for wrong in ({"min_quality": 1.0}, {"min_quality": 0.6, "confidence": 1.0}, {"min_quality": 0.6, "dials": []}):
+    for asked in ({"min_quality": 1.0}, {"min_quality": 0.6, "confidence": 1.0}, {"min_quality": 0.6, "dials": []}):
         with pytest.raises(InputError):
-            tune_judged(half, **wrong)  # type: ignore[arg-type]
+            tune_judged(half, **asked)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

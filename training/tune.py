@@ -196,10 +196,11 @@ def tune_judged(
     if at is None:
         why, more = _missing(settings, quality, lower, p_value, min_quality, game.units)
     feedback = float(np.mean(usable.told))
+    doubt = game.doubt(usable.seen.choices(settings[0], total) if choices is None else choices[settings[0]])
     return Tuned(
         min_quality, confidence, game.method, settings, quality, lower, p_value, cost, certified, chosen_setting, why,
         more, len(usable), len(judged), scores[at or 0].told, game.max_weight,
-        _assumptions(usable, len(judged), feedback, game, len(kinds), confidence),
+        (*doubt, *_assumptions(usable, len(judged), feedback, game, len(kinds), confidence)),
     )  # fmt: skip
 
 
@@ -257,6 +258,17 @@ class _Game:
         elif bound:
             low = lower_bound(p_value, alpha)
         return _Score(p_value(self.least), float(x @ w / w.sum()), low, int(told.sum()))
+
+    def doubt(self, chosen: IntArray) -> tuple[str, ...]:
+        """A sentence where the log's propensities cannot be those of its choices: weights have to average 1."""
+        weight = self._weighted(chosen)[0]
+        error = float(weight.std()) / np.sqrt(len(weight))
+        if abs(weight.mean() - 1.0) <= max(4.0 * error, 0.01):
+            return ()
+        return (
+            f"IN DOUBT: weights average {weight.mean():.2f} and not 1, so its models were not drawn with the "
+            "propensities that the log states; what follows from them does not hold",
+        )
 
     def _weighted(self, chosen: IntArray) -> tuple[Array, Array]:
         """Weight and quality of each row: what it says of the policy that takes `chosen` and explores at its rate."""
