@@ -139,9 +139,14 @@ class DrainProcess:
                 if self._ending:
                     return
             log.error("the process that drains the spool ended with %s: starting it again", code)
-            time.sleep(pause)
-            base, pause = self.progress, min(2 * pause, RETRY_SECONDS[1])
-            with self._said:
-                if self._ending:
-                    return
-                self._process = self._start()
+            base, started = self.progress, False
+            while not started:
+                time.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+                with self._said:
+                    if self._ending:
+                        return
+                    try:
+                        self._process, started = self._start(), True
+                    except OSError as error:  # no memory or descriptors for a process just now
+                        log.error("the process that drains the spool cannot be started: %s", error.strerror)

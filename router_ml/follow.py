@@ -231,7 +231,7 @@ def _said(error: Exception, followed: Followed) -> str:
             f"the model registry {followed.uri} answered what cannot be understood ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): check that an MLflow server is at that address"
         )
-    return re.sub(r"://[^/\s@]*@", "://", text)
+    return re.sub(r"://\S*@", "://", text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -86,8 +86,8 @@ class OutcomeQueue:
 
     def write(self, engine: Callable[[], sa.Engine], spool: Spool, drained: int) -> None:
         """Commits what waits, `BATCH` at a time; what the database refuses goes to the spool, `drained` to there."""
-        for key in [k for k, (_, _, place) in self._spooled.items() if place < drained]:
-            del self._spooled[key]
+        while self._spooled and self._spooled[first := next(iter(self._spooled))][2] < drained:  # places ascend
+            del self._spooled[first]
         while self._waiting:
             self._in_flight = min(len(self._waiting), BATCH)
             taken = [self._waiting.popleft() for _ in range(self._in_flight)]
@@ -118,13 +118,12 @@ class OutcomeQueue:
 
     def _to_spool(self, one: _Pending, spool: Spool) -> None:
         row = one.row
-        place = spool.counters.appended + spool.held
         try:
-            kept = len(self._spooled) < SPOOLED and spool.append(encode((OUTCOME, row)))
+            place = spool.append(encode((OUTCOME, row)), hold=False) if len(self._spooled) < SPOOLED else None
         except (ValueError, OverflowError):
             self._give_up(one)
             return
-        if kept:
+        if place is not None:
             self._spooled[row["idempotency_key"]] = (row["outcome_id"], row["digest"], place)
             self.last_spooled = place
             one.receipt.set_result(Receipt(row["outcome_id"], replayed=False))

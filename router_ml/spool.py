@@ -97,23 +97,28 @@ class Spool:
     @property
     def failing(self) -> bool:
         """Whether the disk refuses records, or to make them durable."""
-        return bool(self._held) or self._sync_failed
+        return bool(self._held) or self._sync_failed or not (self._thread.is_alive() or self._closing.is_set())
 
-    def append(self, record: bytes) -> bool:
-        """Appends a record; False when it was dropped because there is no room for it."""
+    def append(self, record: bytes, *, hold: bool = True) -> int | None:
+        """Appends a record and returns its number; None when it was dropped because there is no room for it.
+
+        Without `hold` it is not kept in memory where the disk refuses it: for what is acknowledged only when safe.
+        """
         frame = _HEAD.pack(len(record), zlib.crc32(record)) + record
         with self._mutex:
             if self._closing.is_set() or self._used + self._held_bytes + len(frame) > self.max_bytes:
                 self.counters.dropped += 1
-                return False
+                return None
             if (not self._held or self._write_held()) and self._write(frame):
-                return True
+                return self.counters.appended - 1
+            if not hold:
+                return None
             if self._held_bytes + len(frame) > HELD_BYTES:
                 self.counters.dropped += 1
-                return False
+                return None
             self._held.append(frame)
             self._held_bytes += len(frame)
-            return True
+            return self.counters.appended + len(self._held) - 1
 
     def sync(self) -> None:
         """Makes what was appended durable; what the disk refused is tried again."""
@@ -121,10 +126,12 @@ class Spool:
             if self._held:
                 self._write_held()
             ended, self._ended = self._ended, []
-            if self._dirty and self._fd >= 0:
-                ended.append(os.dup(self._fd))  # one of our own, so that the segment may be ended meanwhile
-            self._dirty, begun, self._begun = False, self._begun, False
+            dirty, self._dirty = self._dirty, False
+            begun, self._begun = self._begun, False
         try:
+            with self._mutex:
+                if dirty and self._fd >= 0:
+                    ended.append(os.dup(self._fd))  # one of our own, so that the segment may be ended meanwhile
             if begun:
                 _sync_folder(self.folder)
             for fd in ended:
@@ -194,12 +201,16 @@ class Spool:
     def _sync_regularly(self) -> None:
         measured = 0.0
         while not self._closing.wait(self.interval):
-            self.sync()
-            if time.monotonic() - measured > 1.0:
-                measured = time.monotonic()
-                used = sum(size for _, _, size in segments(self.folder))
-                with self._mutex:
-                    self._used = used
+            try:
+                self.sync()
+                if time.monotonic() - measured > 1.0:
+                    measured = time.monotonic()
+                    used = sum(size for _, _, size in segments(self.folder))
+                    with self._mutex:
+                        self._used = used
+            except Exception as error:  # noqa: BLE001 (no descriptor left, say: nothing may end this thread)
+                self._sync_failed = True
+                log.error("the spool cannot be looked after just now: %s", type(error).__name__)
 
 
 @dataclass

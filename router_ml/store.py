@@ -21,9 +21,9 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from router_ml import audit
-from router_ml.drain import DECISION, SHADOW, Progress, encode
+from router_ml.drain import DECISION, SHADOW, Progress, encode, is_bad_row
 from router_ml.draining import Draining, DrainProcess, DrainThread
-from router_ml.errors import UnreachableError
+from router_ml.errors import InputError, UnreachableError
 from router_ml.outcome_queue import OutcomeQueue, Receipt
 from router_ml.spool import Spool
 from router_ml.stored import counts, find_decision, log_rows, pages, session_model
@@ -202,7 +202,7 @@ class Store:
             self._dropped += 1
             log.error("dropped a %s that cannot be stored: %s", kind, type(error).__name__)
             return False
-        return spool.append(packed)
+        return spool.append(packed) is not None
 
     def add_outcome(
         self, outcome: Outcome, *, idempotency_key: str | None = None, key: str | None = None
@@ -283,21 +283,25 @@ class Store:
             try:
                 with self._engine.begin() as connection:
                     audit.note(connection, *self._changes[0])
-            except (sa.exc.OperationalError, UnreachableError):
-                self._away = True
-                return
-            except Exception as error:  # noqa: BLE001 (one that can never be kept must not hold up the others)
-                self._dropped += 1
+            except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
+                if not is_bad_row(error) or isinstance(error, InputError):  # a server that only reads, for one
+                    self._away = True
+                    return
+                self._dropped += 1  # one that can never be kept must not hold up the others
                 log.error("a change of %s cannot be noted: %s", self._changes[0][0], type(error).__name__)
             self._away = False
             self._changes.popleft()
+
+
+_WHERE = ("host", "hostaddr", "port", "dbname", "service")  # what a URL's query may say of the place
 
 
 def _fingerprint(url: str) -> str:
     """Names the database, without its password, so that services of two may share a folder for their spools."""
     parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
     at = Path(parsed.database or "").resolve() if parsed.get_backend_name() == "sqlite" else parsed.database
-    return hashlib.sha256(f"{parsed.host}:{parsed.port}/{at}".encode()).hexdigest()[:12]
+    where = {name: value for name, value in sorted(parsed.query.items()) if name in _WHERE}
+    return hashlib.sha256(f"{parsed.host}:{parsed.port}/{at}{where or ''}".encode()).hexdigest()[:12]
 
 
 def default_spool(url: str) -> Path:

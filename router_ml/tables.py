@@ -133,7 +133,7 @@ def open_database(url: str) -> sa.Engine:
         parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
     except sa.exc.ArgumentError:
         raise InputError("the store's URL is not valid: use sqlite:///PATH or postgresql+psycopg://…") from None
-    name = parsed.render_as_string(hide_password=True)
+    name = parsed.set(query={}).render_as_string(hide_password=True)  # a query may hold a password, too
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise InputError("the store needs a file: an SQLite database in memory is gone with the process")
     try:

@@ -78,10 +78,13 @@ async def _served(
         embed_seconds = service.settings.embed_deadline_ms / 1000.0
         made = await shadow.decide(arms.challenger, router, request, session, down, embed_seconds)
         why, scored = (made, None) if isinstance(made, str) else ("", made)
-    if scored is None:  # in either arm, so that it depends on the request and not on the draw
+    if scored is None:  # in either arm where both are asked, so that it depends on the request and not on the draw
         served = _champion(service, arms, asked, record=record)
         if record:
             shadow.instead[why] += 1
+        if within:  # the champion's arm has not asked: the request counts in its own arm, whoever serves it
+            own = served.decision.propensity
+            return served._replace(decision=replace(served.decision, arm=assigned.arm(own)))
         return served
     if not assigned.challenger:
         return _noted(service, shadow, arms, asked, assigned, scored, record=record)

@@ -31,6 +31,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._since: float | None = None  # when the head, or the body, that has not ended began; None between requests
         self._in_body = False
         self._timer: TimerHandle | None = None
+        self._stalled: TimerHandle | None = None  # ends a connection whose client does not read
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Starts the clock: a connection on which nothing comes is a slow head."""
@@ -40,9 +41,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._stalled):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read its answers; one that does not for so long is cut off."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Counts the bytes of the request that is coming in."""

@@ -156,12 +156,13 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
         try:
-            explanation = await asyncio.to_thread(live.explain, decision, estimate.features)
+            explanation = await service.explained(live, decision, estimate.features)
         except Exception as error:  # noqa: BLE001 (the decision stands, and is recorded)
             of = decision.decision_id
             log.error("decision %s is not explained: %s", of, type(error).__name__, extra={"decision_id": of})
         else:
-            answer["explanation"] = cast("ExplanationAnswer", explanation)
+            if explanation is not None:
+                answer["explanation"] = cast("ExplanationAnswer", explanation)
     return answer
 
 

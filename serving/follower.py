@@ -171,7 +171,10 @@ class Follower:
             if report is not None:
                 if report.event == "ready":
                     pause = RESTART_SECONDS[0]
-                self._take(report, live)
+                try:
+                    self._take(report, live)
+                except Exception as error:  # noqa: BLE001 (nothing may end this thread)
+                    self._lost(f"a report of the registry cannot be used ({type(error).__name__}: {error})")
             elif not self._closing:
                 self.restarts += 1
                 self._wake.clear()
@@ -189,7 +192,8 @@ class Follower:
             error = RegistryError(report.error or "the registry holds no version")
             self._failed(str(error), counts=report.tried)
         elif (version, report.bundle) != (self.version, live.model_version):
-            asks = any(number <= report.asked for number in self._waiting)
+            with self._lock:
+                asks = any(number <= report.asked for number in self._waiting)
             put_off = None if asks else self._bad.error(version)
             if put_off is None:
                 error = self._swap(version, live)
@@ -346,4 +350,4 @@ class Follower:
 
 def _bare(uri: str) -> str:
     """A registry's address without credentials."""
-    return re.sub(r"://[^/\s@]*@", "://", uri)
+    return re.sub(r"://\S*@", "://", uri)

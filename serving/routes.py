@@ -117,18 +117,19 @@ class Front(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or goes the whole way for what is not a plain path."""
         handle = self.straight.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        counts = self.arrived is not None and scope["type"] == "http"
+        if counts:
+            self._begun += 1
+            cast("asyncio.Task[None]", asyncio.current_task()).add_done_callback(self._ended)
         if handle is None:
             await super().__call__(scope, receive, send)
             return
         scope["app"] = self
-        if self.arrived is not None:
-            self._begun += 1
-            cast("asyncio.Task[None]", asyncio.current_task()).add_done_callback(self._ended)
-            if self.arrived() - self._begun >= self.max_waiting and scope["method"] == "POST":
-                # Of those that wait this one has waited longest: its caller is the likeliest to be gone.
-                self.state.service.metrics.responded(scope["path"], 503)
-                await OVERLOADED(scope, receive, send)
-                return
+        if self.arrived is not None and self.arrived() - self._begun >= self.max_waiting and scope["method"] == "POST":
+            # Of those that wait this one has waited longest: its caller is the likeliest to be gone.
+            self.state.service.metrics.responded(scope["path"], 503)
+            await OVERLOADED(scope, receive, send)
+            return
         response = await handle(Request(scope, receive))
         await response(scope, receive, send)
 

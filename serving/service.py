@@ -8,14 +8,15 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from router_ml.errors import InputError, NoEligibleModelError, RegistryError
 from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
-from router_ml.types import Estimate, Outcome, RouteDecision, RouteRequest
+from router_ml.types import CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
 from serving.embedding import Stand
 from serving.follower import Follower
 from serving.health import FAILED, Health
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from serving.tracing import Tracing
 
 _ROUTED = 50_000
+_EXPLANATIONS_WAITING = 30
 _BATCHES, _BATCHES_WAITING = 2, 30
 """Batches at a time, since single requests wait for one decision of each, and how many may wait for their turn."""
 REGISTRY_SECONDS = 60.0  # that a caller waits for what the registry says
@@ -65,6 +67,8 @@ class Service:
     draining: bool = False
     _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES))
     _batches_waiting: int = 0
+    _explainers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "explain"))
+    _explaining: int = 0
 
     def note(self, live: Live, who: str) -> None:
         """Notes for the audit log what is served from now on; the log leaves out what has not changed."""
@@ -102,6 +106,19 @@ class Service:
             "policy": stale and self.settings.policy is None,
         }
         return self.store.degraded + [name for name, bad in states.items() if bad]
+
+    async def explained(
+        self, live: Live, decision: RouteDecision, features: CandidateFeatures
+    ) -> dict[str, Any] | None:
+        """The decision explained, on threads that nothing else waits for; None where too many wait for theirs."""
+        if self._explaining >= _EXPLANATIONS_WAITING:
+            return None
+        self._explaining += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._explainers, live.explain, decision, features)
+        finally:
+            self._explaining -= 1
 
     @contextlib.asynccontextmanager
     async def batch(self) -> AsyncIterator[None]:

@@ -12,6 +12,7 @@ import pytest
 from router_ml import spool as spool_module
 from router_ml.errors import InputError
 from router_ml.spool import Reader, Spool, abandoned, segments
+from tests.live_service import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,12 @@ def test_records_come_out_in_order_and_full_segments_go(tmp_path: Path) -> None:
     assert drained(reader) == []
     for part in range(5):
         for record in records(40, part * 40):
-            assert spool.append(record)
+            assert spool.append(record) is not None
         assert drained(reader) == records(40, part * 40)
         assert len(segments(spool.folder)) == 1  # the one that is being written
     assert reader.position == spool.counters.appended == 200
     spool.close()
-    assert not spool.append(b"too late") and spool.counters.dropped == 1
+    assert spool.append(b"too late") is None and spool.counters.dropped == 1
     assert drained(reader, final=True) == [] and segments(spool.folder) == []
     spool.release()
     assert list((tmp_path / "spool").iterdir()) == []
@@ -108,13 +109,13 @@ def test_half_a_record_is_waited_for_while_its_owner_lives(tmp_path: Path) -> No
 
 def test_a_full_spool_drops_and_counts_until_there_is_room(tmp_path: Path) -> None:
     spool = Spool(tmp_path, max_bytes=3000, interval=0.01)
-    taken = [spool.append(b"x" * 100) for _ in range(40)]
+    taken = [spool.append(b"x" * 100) is not None for _ in range(40)]
     kept = sum(taken)
     assert taken == [True] * kept + [False] * (40 - kept) and kept == 3000 // 108
     assert spool.counters.dropped == 40 - kept
     assert len(drained(Reader(spool.folder))) == kept
     for _ in range(300):
-        if spool.append(b"y" * 100):
+        if spool.append(b"y" * 100) is not None:
             break
         spool_module.time.sleep(0.02)
     else:
@@ -129,7 +130,7 @@ from router_ml.spool import Reader, Spool
 module.HELD_BYTES, module.RETRY_SECONDS = 20_000, 0.05
 spool = Spool(Path(sys.argv[1]), interval=0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_050, resource.RLIM_INFINITY))
-taken = [spool.append(b"%04d" % i + b"z" * 496) for i in range(100)]
+taken = [spool.append(b"%04d" % i + b"z" * 496) is not None for i in range(100)]
 kept = sum(taken)
 assert taken == [True] * kept + [False] * (100 - kept) and 45 < kept < 55, kept
 assert spool.failing and spool.full and spool.held == kept - spool.counters.appended, spool.counters
@@ -165,3 +166,20 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     spool.append(b"a prompt")
     for _, path, _ in segments(spool.folder):
         assert path.stat().st_mode & 0o077 == 0
+
+
+def test_no_lack_of_descriptors_ends_what_makes_it_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path, interval=0.01)
+
+    def none_left(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as lacking:
+        lacking.setattr(spool_module.os, "dup", none_left)
+        lacking.setattr(spool_module.os, "scandir", none_left)
+        assert spool.append(b"one") == 0
+        wait_for(lambda: spool.failing)
+    assert spool.append(b"two") == 1
+    wait_for(lambda: not spool.failing)
+    assert drained(Reader(spool.folder)) == [b"one", b"two"]
+    spool.close()
