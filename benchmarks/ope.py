@@ -141,7 +141,12 @@ def summarise(runs: list[dict[str, Any]], population: Population) -> dict[str, A
     return out
 
 
-_POPULATION: Population | None = None  # of a worker: forked with it, so that it is not copied for each repetition
+_POPULATION: Population | None = None  # of this process
+
+
+def _begin(population: Population) -> None:
+    global _POPULATION
+    _POPULATION = population
 
 
 def _one(task: tuple[Callable[[Population, int, int], Any], int, int]) -> Any:
@@ -153,12 +158,12 @@ def repeat(
     what: Callable[[Population, int, int], Any], population: Population, n: int, repetitions: int, jobs: int
 ) -> list[Any]:
     """`what` under seeds 0, 1, …: the same results for any number of jobs."""
-    global _POPULATION
-    _POPULATION = population
     tasks = [(what, n, seed) for seed in range(repetitions)]
     if jobs == 1:
+        _begin(population)
         return [_one(task) for task in tasks]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+    # Spawned: a fork of a process that has trained hangs in OpenMP.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin, initargs=(population,)) as pool:
         return list(pool.map(_one, tasks, chunksize=5))
 
 

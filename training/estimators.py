@@ -80,9 +80,10 @@ def switch_threshold(parts: Parts) -> float:
     """The weight above which switch-DR trusts the model: the least estimated squared error on this log.
 
     Estimated are the variance of what stays and the squared bias by what is dropped, the square of the dropped
-    corrections' mean; its own noise is in it, so that only what is lost in the noise is dropped. The bound of Wang, Agarwal and Dudík (ICML 2017, section 4)
-    puts the outcomes' whole range in the place of the corrections; that is at least the variance that dropping rows
-    saves, whichever they are, so that it never switches on rows that a log has. Infinity: it is DR.
+    corrections' mean; its own noise is in it, so that only what is lost in the noise is dropped. The bound of Wang,
+    Agarwal and Dudík (ICML 2017, section 4) puts the outcomes' whole range in the place of the corrections; that is
+    at least the variance that dropping rows saves, whichever they are, so that it never switches on rows that a log
+    has. Infinity: it is DR.
     """
     size, n = np.abs(parts.weight), len(parts.weight)
     correction, expected = parts.weight * parts.error, parts.expected
