@@ -52,8 +52,10 @@ def row_values(name: Estimator, parts: Parts, threshold: float) -> Array:
         return parts.weight * parts.known * parts.outcome
     if name == "snips":
         return _self_normalised(parts)
-    trusted = 1.0 if name == "dr" else np.abs(parts.weight) <= threshold
-    return parts.expected + trusted * parts.weight * parts.error
+    correction = parts.weight * parts.error
+    # What switch-DR drops is taken for nothing and is not known to be: its noise stays in the spread.
+    dropped = 0.0 if name == "dr" else np.where(np.abs(parts.weight) > threshold, correction, 0.0).mean()
+    return np.asarray(parts.expected + correction - dropped)
 
 
 def _self_normalised(parts: Parts) -> Array:

@@ -82,7 +82,7 @@ def evaluate_policy(
     - `dr`: the model, corrected by the weighted errors that it makes (Dudík, Langford and Li, ICML 2011); each row's
       model is fitted on the other folds (Chernozhukov et al. 2018). The headline.
     - `switch-dr`: corrected only where the weight is below a threshold (Wang, Agarwal and Dudík, ICML 2017), which
-      minimises its estimated squared error on this log; its interval knows nothing of the bias.
+      minimises its estimated squared error on this log; its interval is as wide as dr's.
 
     Missing outcomes are a second selection: weights then also have the probability of feedback given request and
     model, fitted out of fold. That takes feedback to depend on nothing else; if an outcome of 0 is known to bring
