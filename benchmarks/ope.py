@@ -141,7 +141,12 @@ def summarise(runs: list[dict[str, Any]], population: Population) -> dict[str, A
     return out
 
 
-_POPULATION: Population | None = None  # of a worker: forked with it, so that it is not copied for each repetition
+_POPULATION: Population | None = None  # of this process
+
+
+def _begin(population: Population) -> None:
+    global _POPULATION
+    _POPULATION = population
 
 
 def _one(task: tuple[Callable[[Population, int, int], Any], int, int]) -> Any:
@@ -153,12 +158,12 @@ def repeat(
     what: Callable[[Population, int, int], Any], population: Population, n: int, repetitions: int, jobs: int
 ) -> list[Any]:
     """`what` under seeds 0, 1, …: the same results for any number of jobs."""
-    global _POPULATION
-    _POPULATION = population
     tasks = [(what, n, seed) for seed in range(repetitions)]
     if jobs == 1:
+        _begin(population)
         return [_one(task) for task in tasks]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+    # Spawned: a fork of a process that has trained hangs in OpenMP.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin, initargs=(population,)) as pool:
         return list(pool.map(_one, tasks, chunksize=5))
 
 
@@ -183,7 +188,7 @@ def show(console: Console, name: str, found: dict[str, Any]) -> None:
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--repetitions", default=500, show_default=True, type=click.IntRange(2))
-@click.option("--rows", default=5000, show_default=True, type=click.IntRange(100), help="Requests of a log.")
+@click.option("--rows", default=15_000, show_default=True, type=click.IntRange(100), help="Requests of a log.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the results.")
 @click.option("--only", multiple=True, type=click.Choice(SETTINGS), help="This setting only; may be repeated.")
 @click.option("--encoder", default="static", type=click.Choice(ENCODERS), show_default=True)
@@ -203,7 +208,7 @@ def main(
         problem = load_own(matrix, catalog, None) if matrix and catalog else load_problem("mmlu_pro", data)
         populations |= outcome_populations(problem, encoder)
     if set(wanted) - set(OUTCOMES):
-        populations |= simulated_populations(6 * rows)
+        populations |= simulated_populations(max(2 * rows, 4000))
     for name in wanted:
         population, started = populations[name], time.perf_counter()
         with console.status(f"{name}: {repetitions} repetitions"):
@@ -213,7 +218,7 @@ def main(
     first = populations[wanted[0]]
     results["deterministic"] = deterministic(first, rows)
     console.print(f"deterministic log: {results['deterministic']['why']}")
-    for what, part in ((looks, repetitions), (slices, max(repetitions // 2, 2))):
+    for what, part in ((looks, max(repetitions // 2, 2)), (slices, max(repetitions // 2, 2))):
         held = repeat(what, populations[wanted[-1 if what is slices else 0]], rows, part, jobs)
         results[what.__name__] = {"repetitions": part} | {
             kind: float(np.mean([one[kind] for one in held])) for kind in held[0]

@@ -112,7 +112,8 @@ def outcome_populations(problem: Problem, encoder: str, seed: int = 0) -> dict[s
     greedy = np.eye(p_ok.shape[1])[choose_by_value(p_ok, cost, WORTH * cost[:, best].mean())]
     quality = test.quality.astype(np.float64)
     lengths = np.array([len(r.messages[-1].text) for r in test.requests], dtype=np.float64)
-    slices = pl.DataFrame({"length": pl.Series(lengths).qcut(3, labels=["short", "middle", "long"]).cast(pl.String)})
+    third = np.searchsorted(np.quantile(lengths, [1 / 3, 2 / 3]), lengths)
+    slices = pl.DataFrame({"length": np.array(["short", "middle", "long"])[third]})
     population = Population(
         catalog=test.catalog,
         outcomes={"quality": quality, "cost_usd": problem.cost_usd[test_rows].astype(np.float64)},

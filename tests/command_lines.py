@@ -14,6 +14,7 @@ from benchmarks.cold_start import main as cold_start
 from benchmarks.latency import main as latency
 from benchmarks.learning_curve import main as learning_curve
 from benchmarks.load import main as load
+from benchmarks.ope import main as ope
 from benchmarks.quality import main as quality
 from benchmarks.tune import main as tune
 from router_ml.cli import main as router_ml
@@ -28,6 +29,7 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m benchmarks.learning_curve": learning_curve,
     "python -m benchmarks.calibration": calibration,
     "python -m benchmarks.tune": tune,
+    "python -m benchmarks.ope": ope,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))

@@ -20,6 +20,8 @@ from benchmarks.calibration import main as calibration_main
 from benchmarks.cold_start import main as cold_start_main
 from benchmarks.latency import main as latency_main
 from benchmarks.learning_curve import main as learning_curve_main
+from benchmarks.ope import SETTINGS
+from benchmarks.ope import main as ope_main
 from benchmarks.quality import main as quality_main
 from benchmarks.sessions import main as sessions_main
 from benchmarks.tune import main as tune_main
@@ -321,3 +323,23 @@ def test_tuned_dials_keep_their_promise(matrix: Path, tmp_path: Path) -> None:
     assert 1.0 <= drawn["cost_over_oracle"] < 10
     refused = invoked(tune_main, "--data", tmp_path)
     assert refused.exit_code == 1 and "no published outcomes" in refused.stderr
+
+
+def test_off_policy_estimates_are_held_against_the_truth(matrix: Path) -> None:
+    out = matrix.with_name("ope.json")
+    done = invoked(
+        ope_main, "--matrix", matrix, "--catalog", matrix.with_name("catalog.json"), "--encoder", "lexical",
+        "--repetitions", "12", "--rows", "1000", "--json", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    for setting in SETTINGS:
+        for metric in ("quality", "cost_usd", "quality_gain"):
+            values = found[setting][metric]
+            assert {"dm", "ips", "snips", "dr", "switch-dr"} <= set(values)
+            assert values["dr"]["coverage"] >= 0.6 and abs(values["dr"]["bias_z"]) < 5
+            assert metric != "quality" or values["dr"]["rmse"] < values["ips"]["rmse"]
+    assert found["deterministic"]["identifiable"] is False and found["deterministic"]["estimates"] == 0
+    ignored = found["selected"]["quality"]["dr-ratio-unknown"]
+    assert ignored["bias_z"] < -2, "the control: who does not know of the selection is misled"
+    assert found["looks"]["sequence"] >= 0.8

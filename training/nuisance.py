@@ -18,6 +18,7 @@ PRIOR_ROWS = 5.0
 MOST_FEATURES = 48
 LEAST_OBSERVED = 0.02
 """The least probability of feedback that a weight is made of; what is cut off is reported as clipped."""
+_FEEDBACK_PENALTIES = (10.0, 100.0, 1000.0)
 _PENALTIES = np.array([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0, np.inf])
 
 
@@ -136,7 +137,8 @@ def cross_fit_feedback(
 ) -> Array:
     """Probability that the outcome of a row's decision becomes known, out of fold, float64 [n], unclipped.
 
-    A logistic regression on the request, which model was chosen and what is predicted of it. `seen` [n] is 1 where it
+    A logistic regression on the request, which model was chosen and what is predicted of it; its penalty is the one
+    that does best out of fold. `seen` [n] is 1 where it
     is known and 0 elsewhere, or in [0, …) where known outcomes stand for others (`feedback_ratio`).
     """
     columns = [np.ones((len(action), 1)), np.eye(m)[action], design]
@@ -144,14 +146,30 @@ def cross_fit_feedback(
         hint = prediction[np.arange(len(action)), action]
         columns.append(_standardised(np.nan_to_num(hint, nan=float(np.nanmean(hint)))[:, None]))
     whole = np.concatenate(columns, axis=1)
-    fitted = np.empty(len(action))
+    fitted = np.empty((len(_FEEDBACK_PENALTIES), len(action)))
     for f in np.unique(fold):
         train, test = fold != f, fold == f
-        fitted[test] = _sigmoid(whole[test] @ _logistic(whole[train], seen[train]))
-    return fitted
+        for at, penalty in enumerate(_FEEDBACK_PENALTIES):
+            fitted[at, test] = _sigmoid(whole[test] @ _logistic(whole[train], seen[train], penalty))
+    p = np.clip(fitted, 1e-6, 1 - 1e-6)
+    loss = -(seen * np.log(p) + (1 - seen) * np.log1p(-p)).sum(axis=1)
+    chosen: Array = fitted[loss.argmin()]
+    return chosen
 
 
-def _logistic(columns: Array, target: Array, penalty: float = 3.0, steps: int = 25) -> Array:
+def inverse_feedback(seen: Array, told: Array, action: IntArray, m: int) -> Array:
+    """What each known outcome stands for: `seen` / `told`, [n], of a mean of 1 among the rows of each model.
+
+    The inverse of an estimated probability is too high on average; dividing by the mean, which ought to be 1, takes
+    that off. A model's own mean counts as much as 1 does at `PRIOR_ROWS` rows.
+    """
+    raw = seen / np.maximum(told, LEAST_OBSERVED)
+    mean = (np.bincount(action, raw, m) + PRIOR_ROWS) / (np.bincount(action, minlength=m) + PRIOR_ROWS)
+    scaled: Array = raw / mean[action]
+    return scaled
+
+
+def _logistic(columns: Array, target: Array, penalty: float, steps: int = 25) -> Array:
     """Coefficients [d] of a ridge-penalised logistic quasi-likelihood by Newton steps; the first is not shrunk."""
     ridge = np.full(columns.shape[1], penalty)
     ridge[0] = 1e-6

@@ -25,12 +25,14 @@ from training.nuisance import (
     cross_fit_propensities,
     design_of,
     folds_by_cluster,
+    inverse_feedback,
 )
 from training.policy_value import Estimate, Feedback, PolicyValue, SliceValues
 from training.support import (
     LEAST_PROPENSITY,
     Support,
     doubts,
+    identifiable_rows,
     overlap_table,
     support_of,
     supported,
@@ -40,7 +42,7 @@ from training.support import (
 
 __all__ = [
     "Estimate", "Feedback", "Logged", "PolicyValue", "SliceValues", "Support", "evaluate_policy", "evaluate_slices",
-    "logged_of", "one_row_a_request", "predictions_of", "target_of",
+    "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
@@ -80,7 +82,7 @@ def evaluate_policy(
     - `dr`: the model, corrected by the weighted errors that it makes (Dudík, Langford and Li, ICML 2011); each row's
       model is fitted on the other folds (Chernozhukov et al. 2018). The headline.
     - `switch-dr`: corrected only where the weight is below a threshold (Wang, Agarwal and Dudík, ICML 2017), which
-      minimises an upper bound of its squared error on this log.
+      minimises its estimated squared error on this log; its interval is as wide as dr's.
 
     Missing outcomes are a second selection: weights then also have the probability of feedback given request and
     model, fitted out of fold. That takes feedback to depend on nothing else; if an outcome of 0 is known to bring
@@ -210,7 +212,7 @@ def _fitted(
     told, known = None, np.ones(n)
     if not seen.all():
         told = cross_fit_feedback(design, logged.action, stands, prediction, fold, m)
-        known = stands / np.maximum(told, LEAST_OBSERVED)
+        known = inverse_feedback(stands, told, logged.action, m)
     parts = Parts(change, logged.action, weight, np.where(seen, outcome, 0.0), known, q)
     unsupported = unsupported_of(change, target, can)
     return _Rows(

@@ -52,7 +52,7 @@ def language_of(text: str) -> str:
     words = Counter(re.findall(r"[^\W\d_]+", text))
     found = {code: sum(words[w] for w in stop) for code, stop in _LANGUAGE_OF.items()}
     best = max(found, key=found.__getitem__)
-    return best if found[best] else "other"
+    return best if found[best] > 1 else "other"
 
 
 def slices_of(log: pl.DataFrame) -> pl.DataFrame:

@@ -68,6 +68,20 @@ def unsupported_of(change: Array, target: Array, can: BoolArray) -> Array:
     return made
 
 
+def identifiable_rows(
+    logged: Logged, target: Array, baseline: Array | None = None, tolerance: float = 0.05
+) -> BoolArray:
+    """Rows, bool [n], where the log's policy could have made all but `tolerance` of the target's decision.
+
+    For a log of which a part was not drawn (pinned by rules, later turns of sessions): `logged.take` these rows, and
+    the value on this share of the traffic may be identifiable where that of all traffic is not. Which rows they are
+    depends on the requests alone. Rows without a propensity count as not drawn.
+    """
+    change = target if baseline is None else target - baseline
+    made: BoolArray = unsupported_of(change, target, supported(logged, None)) <= tolerance
+    return made
+
+
 def support_of(weight: Array, change: Array, clipped: Array, unsupported: Array) -> Support:
     """The summary of weights [n] on changes [n, m]; `clipped` [n] is what was cut off the weights."""
     size = np.abs(weight)
