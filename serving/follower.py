@@ -164,17 +164,14 @@ class Follower:
         pause = RESTART_SECONDS[0]
         while not self._closing:
             try:
-                report = self._next()
+                if (report := self._next()) is not None:
+                    self._take(report, live)
             except Exception as error:  # noqa: BLE001 (no memory for a process, say: nothing may end this thread)
                 self._lost(f"the registry cannot be followed ({type(error).__name__}: {error})")
                 report = None
             if report is not None:
                 if report.event == "ready":
                     pause = RESTART_SECONDS[0]
-                try:
-                    self._take(report, live)
-                except Exception as error:  # noqa: BLE001 (nothing may end this thread)
-                    self._lost(f"a report of the registry cannot be used ({type(error).__name__}: {error})")
             elif not self._closing:
                 self.restarts += 1
                 self._wake.clear()
