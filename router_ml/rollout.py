@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_ml.errors import InputError, MovedError, RegistryError
+from router_ml.errors import InputError, MovedError, NoWayBackError, RegistryError
 from router_ml.registry import CHAMPION, PREVIOUS, connect, locked, reported, shown
 from router_ml.reigns import (
     AUTOMATIC,
@@ -145,7 +145,7 @@ def rollback(
     told is not done. Whoever comes second of two that roll back at once gets a MovedError and moves nothing.
 
     Raises InputError without a reason, MovedError where the champion is not the `expected` one (or changes meanwhile),
-    RegistryError where there is nothing to go back to, or the registry fails.
+    NoWayBackError where there is nothing to go back to, RegistryError where the registry fails.
     """
     why = _line(reason)
     if why is None:
@@ -157,13 +157,13 @@ def rollback(
         _expect(found, expected)
         left = found.champion
         if left is None:
-            raise RegistryError(f"model {name!r} in {shown(uri)} has no champion: there is nothing to roll back")
+            raise NoWayBackError(f"model {name!r} in {shown(uri)} has no champion: there is nothing to roll back")
         target = found.aliases.get(PREVIOUS)
         useless = target not in found.tags or found.bundle(str(target)) == found.bundle(left)
         if target is None or useless or found.rolled_back(target) is not None:
             target = found.last_champion(left)
         if target is None:
-            raise RegistryError(
+            raise NoWayBackError(
                 f"nothing to go back to: {name!r} in {shown(uri)} knows no version that was champion before version "
                 f"{left} and was not rolled back; promote one: router-ml promote {name} VERSION"
             )
