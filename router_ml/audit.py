@@ -18,7 +18,7 @@ from router_ml.errors import InputError
 from router_ml.router import new_id
 from router_ml.tables import CHANGES, DECISIONS
 
-KINDS = ("model", "policy", "keys", "challenger")
+KINDS = ("model", "policy", "keys", "challenger", "registry")
 _NEWEST = (CHANGES.c.time_us.desc(), CHANGES.c.change_id.desc())
 _PAGE = 1_000
 

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -40,6 +40,8 @@ def changes(store: str, as_json: bool) -> None:
         else:
             after = change["after"]
             now = after.get("version") or after.get("model_version") or ", ".join(after) or "none"
+            if change["kind"] == "registry":
+                now = _moved(after)
             click.echo(f"{_time(change['time_us'])}  {change['kind']:6}  by {change['who']}: {now}")
 
 
@@ -89,6 +91,16 @@ def residency(store: str, catalog: tuple[tuple[str, Path], ...], since: datetime
         click.echo(f"… and {found - _SHOWN} more")
     click.echo(f"{total} decisions, {found} violations")
     sys.exit(1 if found else 0)
+
+
+def _moved(after: dict[str, Any]) -> str:
+    """A move of the champion in a line, as `rollout` notes it."""
+    how = {"promote": "promoted", "rollback": "rolled back to"}[after["action"]]
+    how = f"{'automatically ' if after.get('automatic') else ''}{how}{' by force' if after.get('forced') else ''}"
+    was = "the first" if after["before"] is None else f"was {after['before']}"
+    why = f": {after['reason']}" if after.get("reason") else ""
+    failed = f" (did not come to pass: {after['failed']})" if "failed" in after else ""
+    return f"{after['name']} version {after['version']} {how}, {was}{why}{failed}"
 
 
 def _opened(store: str) -> sa.Engine:

@@ -12,6 +12,7 @@ import click
 
 from router_ml import __version__
 from router_ml.audit_cli import audit
+from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
 from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
 from router_ml.tune_cli import compare, explore, tune
@@ -280,7 +281,7 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 main.add_command(audit)
 main.add_command(serve)
-for command in (tune, compare, explore):
+for command in (tune, compare, explore, rollback, watch, history):
     main.add_command(command)
 
 

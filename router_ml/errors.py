@@ -25,6 +25,14 @@ class NoAliasError(RegistryError):
     """The registry answers, and the model has no such alias."""
 
 
+class MovedError(RegistryError):
+    """The champion is another version than the one that was expected."""
+
+
+class NoWayBackError(RegistryError):
+    """The registry answers, and knows no version to roll back to."""
+
+
 class NoEligibleModelError(RouterError):
     """No candidate satisfies the request's hard constraints; `excluded` says why, per model."""
 

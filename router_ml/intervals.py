@@ -136,3 +136,20 @@ def sequence_interval(
         return mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf), error
     radius = sequence_radius(clusters, error * math.sqrt(clusters), confidence=confidence, tightest_at=tightest_at)
     return mean, mean - radius, mean + radius, error
+
+
+def cluster_sequence(
+    sums: Array, sizes: Array, *, confidence: float = 0.95, tightest_at: int = 1000
+) -> tuple[Array, Array, Array]:
+    """(running mean over rows, low, high), each [c], after each of c clusters in their order; see `sequence_radius`.
+
+    `sums` [c] and `sizes` [c] are the clusters' own. The last bounds are those of `sequence_interval`; before the 20th
+    cluster they are infinite.
+    """
+    c, total = np.arange(1, len(sizes) + 1, dtype=np.float64), np.cumsum(sizes)
+    mean = np.cumsum(sums) / total
+    squares = np.cumsum(sums * sums) - 2 * mean * np.cumsum(sums * sizes) + mean * mean * np.cumsum(sizes * sizes)
+    error = np.sqrt(np.maximum(squares, 0.0) * c / np.maximum(c - 1.0, 1.0)) / total
+    radius = sequence_radius(c, error * np.sqrt(c), confidence=confidence, tightest_at=tightest_at)
+    radius[:19] = np.inf
+    return mean, mean - radius, mean + radius

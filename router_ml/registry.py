@@ -6,6 +6,7 @@ MLflow is imported inside the functions alone: a process that only routes never 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -52,15 +53,15 @@ def ensure_store(uri: str) -> None:
     under a lock (SQLite: a file beside the database; Postgres: an advisory one) and the rest wait.
     Raises RegistryError.
     """
-    with _reported(uri), _locked(uri):
+    with reported(uri), locked(uri):
         _client(uri).search_experiments(max_results=1)
 
 
 def resolve(uri: str, name: str, alias: str = CHAMPION) -> ModelVersion:
     """The version of `name` that `alias` points to now. Raises RegistryError for an unknown name or alias."""
     client = _open(uri)
-    with _reported(uri):
-        model = _registered(client, uri, name)
+    with reported(uri):
+        model = registered(client, uri, name)
         if alias not in model.aliases:
             known = ", ".join(sorted(model.aliases)) or "none yet"
             raise NoAliasError(
@@ -73,8 +74,8 @@ def resolve(uri: str, name: str, alias: str = CHAMPION) -> ModelVersion:
 def versions(uri: str, name: str) -> list[ModelVersion]:
     """Every version of `name`, the newest first, with its aliases, tags and its run's metrics. Raises RegistryError."""
     client = _open(uri)
-    with _reported(uri):
-        _registered(client, uri, name)
+    with reported(uri):
+        registered(client, uri, name)
         found: list[MlflowModelVersion] = []
         token = None
         while True:
@@ -94,8 +95,8 @@ def promote(uri: str, name: str, version: str, alias: str = CHAMPION) -> ModelVe
     The version that was champion until then stays reachable under the alias `previous`. Raises RegistryError.
     """
     client = _open(uri)
-    with _reported(uri), _locked(uri):
-        model = _registered(client, uri, name)
+    with reported(uri), locked(uri):
+        model = registered(client, uri, name)
         _version(client, uri, name, version, alias)
         before = model.aliases.get(alias)
         if alias == CHAMPION and before is not None and str(before) != str(version):
@@ -113,7 +114,7 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
     to = Path(to)
     check_replaceable(to)
     client = _open(uri)
-    with _reported(uri):
+    with reported(uri):
         _version(client, uri, name, version, None)
         source = str(client.get_model_version_download_uri(name, str(version))).rstrip("/")
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +130,23 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return to
+
+
+def manifest(uri: str, name: str, version: str) -> dict[str, Any]:
+    """The manifest of one version's bundle, without its other files and not held against its hash.
+
+    Raises RegistryError.
+    """
+    client = _open(uri)
+    with reported(uri), tempfile.TemporaryDirectory(prefix="router-ml-") as scratch:
+        _version(client, uri, name, version, None)
+        source = str(client.get_model_version_download_uri(name, str(version))).rstrip("/")
+        path = _bundle_path(uri, name, version, source, Path(scratch))
+        text = _fetch(uri, f"{source}/{path}/{MANIFEST}", Path(scratch) / "manifest").read_text(encoding="utf-8")
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        raise RegistryError(f"the {MANIFEST} of version {version} of {name!r} in {shown(uri)} is not JSON") from None
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -155,7 +173,7 @@ def _open(uri: str) -> MlflowClient:
             f"no model registry at {path}: register a bundle first with `router-ml train --register NAME`, "
             f"or correct the tracking URI"
         )
-    with _reported(uri):
+    with reported(uri):
         return _client(uri)
 
 
@@ -192,7 +210,8 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _registered(client: MlflowClient, uri: str, name: str) -> Any:
+def registered(client: MlflowClient, uri: str, name: str) -> Any:
+    """MLflow's own record of the model, its `aliases` of one moment. Raises RegistryError where there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -217,7 +236,7 @@ def _version(
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        _registered(client, uri, name)
+        registered(client, uri, name)
         numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'", max_results=20))
         known = ", ".join(map(str, numbers)) or "none"
         raise RegistryError(
@@ -257,7 +276,8 @@ def _fetch(uri: str, artifact_uri: str, to: Path) -> Path:
 
 
 @contextmanager
-def _locked(uri: str) -> Iterator[None]:
+def locked(uri: str) -> Iterator[None]:
+    """Takes turns with other writers to a database; an MLflow server offers nothing to take turns by."""
     _check_uri(uri)
     if uri.startswith("postgresql"):
         with _locked_postgres(uri):
@@ -293,7 +313,7 @@ def _locked_postgres(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reported(uri: str) -> Iterator[None]:
+def reported(uri: str) -> Iterator[None]:
     """Turns what MLflow, its database and its HTTP client raise into a RegistryError that names the store."""
     try:
         yield

@@ -155,6 +155,33 @@ def log_rows(engine: sa.Engine, since_us: int = 0) -> Iterator[dict[str, Any]]:
             yield log_row(row, reported.get(row["decision_id"], {}))
 
 
+def told_decisions(engine: sa.Engine, model_version: str, since_us: int = 0) -> Iterator[dict[str, Any]]:
+    """The decisions that the bundle `model_version` itself made (not its twin) from `since_us` on, oldest first.
+
+    Each with what outcomes reported of it: decision_id, time_us, key, tenant, session, model (the choice), p_ok of it
+    (None where it is not known), quality_threshold, served (the model that answered), status and quality.
+    """
+    names = ("decision_id", "time_us", "request_id", "key", "tenant", "session", "model", "candidates")
+    columns = [DECISIONS.c[name] for name in (*names, "quality_threshold")]
+    own = (DECISIONS.c.model_version == model_version, sa.func.coalesce(DECISIONS.c.degraded, sa.false()).is_(False))
+    after: tuple[int, str] = (since_us, "")
+    while True:
+        later = sa.tuple_(DECISIONS.c.time_us, DECISIONS.c.decision_id) > sa.tuple_(*after)
+        order = (DECISIONS.c.time_us, DECISIONS.c.decision_id)
+        with engine.connect() as connection:
+            query = sa.select(*columns).where(later, *own).order_by(*order).limit(PAGE)
+            page = [dict(row) for row in connection.execute(query).mappings()]
+        if not page:
+            return
+        reported = _reported(engine, page)
+        for row in page:
+            said = reported.get(row["decision_id"], {})
+            of = {candidate["model"]: candidate.get("p_ok") for candidate in row.pop("candidates")}
+            told = {"served": said.get("served_model") or row["model"], "status": said.get("status")}
+            yield {**row, "p_ok": of.get(row["model"]), **told, "quality": said.get("quality")}
+        after = (page[-1]["time_us"], page[-1]["decision_id"])
+
+
 def log_row(decision: Mapping[str, Any], reported: Mapping[str, Any]) -> dict[str, Any]:
     """A stored decision and what was reported of it, in the columns of `router_ml.logs.LOG_SCHEMA`.
 

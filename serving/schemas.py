@@ -285,7 +285,7 @@ class ChangeAnswer(TypedDict):
 
     change_id: str
     time_us: int
-    kind: Literal["model", "policy", "keys", "challenger"]
+    kind: Literal["model", "policy", "keys", "challenger", "registry"]
     who: str
     before: dict[str, Any] | None
     after: dict[str, Any]

@@ -1,0 +1,233 @@
+"""The commands `router-ml rollback`, `watch` and `history`: the champion's way back, by hand or by its outcomes."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router_ml.errors import InputError, MovedError, NoWayBackError, RouterError, UnreachableError
+from router_ml.terminal import TRACKING
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from router_ml.rollout import Reign
+
+_SHARE = click.FloatRange(0.0, 1.0, max_open=True)
+
+
+def user() -> str:
+    """Who runs this command, as tags and the audit log name them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container may run under a number without a name
+        return f"user {os.getuid()}"
+
+
+WHO = click.option("--who", default=user, show_default="the user", help="Who does it, for tags and audit log.")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--reason", required=True, help="Why; it keeps this bundle from being promoted again unawares.")
+@click.option("--store", help="The service's store, whose audit log is told: SQLite file or SQLAlchemy URL.")
+@click.option("--expected", metavar="VERSION", help="Only if this version is champion still.")
+@WHO
+@TRACKING
+def rollback(name: str, reason: str, store: str | None, expected: str | None, who: str, tracking_uri: str) -> None:
+    """Make the version before champion again; once more goes further back.
+
+    Example: router-ml rollback router --reason "answers got worse" --store router-ml.db
+    """
+    from router_ml.rollout import rollback as run
+
+    moved = run(tracking_uri, name, who=who, reason=reason, expected=expected, store=store)
+    click.echo(f"{name} version {moved.version} is champion again; version {moved.before} is rolled back")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the gate's summary with it.")
+@TRACKING
+def history(name: str, as_json: bool, tracking_uri: str) -> None:
+    """List the versions of NAME: promoted and rolled back when, by whom and why.
+
+    Example: router-ml history router
+    """
+    from router_ml.rollout import history as run
+
+    for past in run(tracking_uri, name):
+        if as_json:
+            row = {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(past).items()}
+            click.echo(json.dumps(row))
+            continue
+        said = [f"version {past.version}", f"bundle {past.bundle or 'unknown'}", *past.aliases]
+        if past.promoted is not None:
+            how = "promoted by force" if past.forced else "promoted"
+            said.append(f"{how} {_clock(past.promoted)} by {past.by}" + (f" ({past.reason})" if past.reason else ""))
+        if past.rolled_back is not None:
+            said.append(f"rolled back {_clock(past.rolled_back)} by {past.rolled_back_by} ({past.rolled_back_reason})")
+        elif past.until is not None:
+            said.append(f"champion until {_clock(past.until)}")
+        click.echo("  ".join(said))
+
+
+@click.command()
+@click.argument("name")
+@click.option("--store", required=True, help="The store of the services that serve it: SQLite file or SQLAlchemy URL.")
+@click.option("--every", default=60.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Look once, and say by the exit code what was found.")
+@click.option("--tolerance", default=0.03, show_default=True, type=_SHARE, help="How far below its promise it may be.")
+@click.option(
+    "--confidence", default=0.95, show_default=True, type=click.FloatRange(0.5, 1.0, max_open=True),
+    help="How sure, at all looks together.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what was found, and move nothing.")
+@TRACKING
+def watch(
+    name: str, store: str, every: float, once: bool, tolerance: float, confidence: float, dry_run: bool,
+    tracking_uri: str,
+) -> None:  # fmt: skip
+    """Hold the champion of NAME to its promise; roll it back where outcomes break it.
+
+    It is rolled back once: a champion that an automatic rollback led to is reported and stays, until somebody promotes
+    a version. A registry or a store that is away is tried again.
+
+    Exits with --once: 0 the promise holds, or too little is known; 1 it is broken, rolled back or not; 2 registry or
+    store did not answer. Otherwise it runs until SIGINT or SIGTERM, and exits with 0.
+
+    Example: router-ml watch router --store router-ml.db --every 60
+    """
+    watcher = _Watcher(tracking_uri, name, store, tolerance, confidence, dry_run)
+    try:
+        watcher.open()
+    except UnreachableError:
+        if once:
+            raise
+    with _until_signal() as signalled:
+        while True:
+            try:
+                code = watcher.look()
+            except RouterError as error:
+                if once:
+                    raise
+                click.echo(f"{_clock()}  {name}: not known, it is tried again in {every:g} s: {error}", err=True)
+            else:
+                if once:
+                    sys.exit(code)
+            until = time.monotonic() + every
+            while not signalled and (left := until - time.monotonic()) > 0.0:
+                time.sleep(min(left, 0.1))
+            if signalled:
+                click.echo(f"{_clock()}  {name}: the watch ends by {signal.Signals(signalled[0]).name}")
+                return
+
+
+class _Watcher:
+    """Looks at one model's champion, again and again."""
+
+    def __init__(self, uri: str, name: str, store: str, tolerance: float, confidence: float, dry_run: bool) -> None:
+        self.uri, self.name, self.store, self.dry_run = uri, name, store, dry_run
+        self.tolerance, self.confidence = tolerance, confidence
+        self._engine: sa.Engine | None = None
+        self._rates: tuple[str, dict[str, float] | None] | None = None  # of which version
+        # A hung server must not hold a watch for minutes; there is always a next look.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+    def open(self) -> sa.Engine:
+        """The store. Raises InputError, of the kind UnreachableError while its server is away."""
+        from router_ml.tables import open_database
+
+        if self._engine is None:
+            if "://" not in self.store and not Path(self.store).is_file():
+                raise InputError(f"there is no store at {self.store}: give the one of the service, --store FILE or URL")
+            self._engine = open_database(self.store)
+        return self._engine
+
+    def look(self) -> int:
+        """Says the champion's state in a line and acts on it; 0 where the promise holds. Raises RouterError."""
+        import sqlalchemy as sa
+
+        from router_ml.rollout import reign
+        from router_ml.stored import told_decisions
+        from training.watch import watch as run
+
+        now = reign(self.uri, self.name)
+        who = f"{_clock()}  {self.name} version {now.version}"
+        if now.bundle is None:
+            raise InputError(
+                f"version {now.version} of {self.name!r} does not say which bundle it is: train --register"
+            )
+        rates = self._failure_rates(now)
+        try:
+            rows = told_decisions(self.open(), now.bundle, now.since_us)
+            found = run(rows, failure=rates, tolerance=self.tolerance, confidence=self.confidence)
+        except sa.exc.SQLAlchemyError as error:
+            raise UnreachableError(f"the store does not answer: {getattr(error, 'orig', None) or error}") from None
+        if not found.broken:
+            click.echo(f"{who} holds: {found.why}")
+            return 0
+        click.echo(f"{who} breaks its promise: {found.why}")
+        if self.dry_run:
+            click.echo("  nothing is moved in a dry run")
+        elif now.automatic:
+            click.echo("  it stays, since an automatic rollback led to it: promote a version, this one or another")
+        else:
+            self._roll_back(now, found.why)
+        return 1
+
+    def _roll_back(self, now: Reign, why: str) -> None:
+        from router_ml.rollout import rollback as run
+
+        try:
+            moved = run(
+                self.uri, self.name, who=f"router-ml watch, {user()}", reason=why, expected=now.version,
+                store=self.store, automatic=True,
+            )  # fmt: skip
+            click.echo(f"  rolled back to version {moved.version}")
+        except (MovedError, NoWayBackError) as error:
+            click.echo(f"  not rolled back: {error}")
+
+    def _failure_rates(self, now: Reign) -> dict[str, float] | None:
+        from router_ml.registry import manifest
+        from training.watch import failure_rates
+
+        if self._rates is None or self._rates[0] != now.version:
+            self._rates = (now.version, failure_rates(manifest(self.uri, self.name, now.version)))
+        return self._rates[1]
+
+
+@contextmanager
+def _until_signal() -> Iterator[list[int]]:
+    """The signals that came: the first one ends the watch after its look, a second one at once."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _frame: Any) -> None:
+        came.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    for one in (signal.SIGINT, signal.SIGTERM):
+        before[one] = signal.signal(one, note)
+    try:
+        yield came
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _clock(time: datetime | None = None) -> str:
+    return (datetime.now(UTC) if time is None else time).strftime("%Y-%m-%d %H:%M:%S")
