@@ -100,7 +100,7 @@ def as_html(challenge: Challenge, verdict: Verdict | None = None, *, made: datet
     from jinja2 import Environment
 
     page = files("training").joinpath("challenge.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 (it is on)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cells": _cells, "said": _said, "move": _move, "estimate": _estimate}
     plots = {
         "frontier": challenge.plot(), "calibration": calibration_plot(challenge.calibration),

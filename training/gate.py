@@ -32,13 +32,13 @@ POWER_Z = 0.8416  # how many rows show it in four cases of five
 class Limits:
     """What a promotion asks for. Raises InputError for a number out of its range.
 
-    `quality`: how far below 0 the lower bound of the quality change may lie; `slice` the same for each slice, with
+    `quality`: how far below 0 the lower bound of the quality change may lie. `slice`: the same for each slice, with
     `slices` for single ones by "task=code" or all of a column by "task"; a slice of fewer than `slice_rows` requests
     can hardly show anything, and only may not be shown to be worse. `cost`: how far the upper bound of the cost change
-    may lie above 0, as a share of the champion's cost (None: any). `calibration`: how much less than promised may come, by
-    the lower bound of the router's own decisions; a model may not be shown to fall short by more than twice that.
-    `latency`: the challenger's time for a decision as a multiple of the champion's. `fresh_days`: the age of the newest
-    judged request. `rows`: how many requests have to be judged.
+    may lie above 0, as a share of the champion's cost (None: any). `calibration`: how much less than promised may come,
+    by the lower bound of the router's own decisions; a model may not be shown to fall short by more than twice that.
+    `latency`: the challenger's time for a decision as a multiple of the champion's. `fresh_days`: the age of the
+    newest judged request. `rows`: how many requests have to be judged.
     """
 
     quality: float = 0.02
@@ -156,7 +156,7 @@ def latency_ratio(champion: Router, challenger: Router, requests: Sequence[Route
     """
     asked = list(requests or ())[:REQUESTS]
     if not asked:
-        asked = [RouteRequest(tuple(Message(*turn) for turn in turns)) for turns in golden.CONVERSATIONS]
+        asked = [RouteRequest(messages=tuple(Message(*turn) for turn in turns)) for turns in golden.CONVERSATIONS]
     asked = [request for request in asked if _decides(champion, request) and _decides(challenger, request)]
     if not asked:
         raise InputError("neither bundle can decide the requests that latency is measured with")
@@ -213,7 +213,7 @@ def _quality(challenge: Challenge, limits: Limits) -> Condition:
 def _needed(n: int, value: float, low: float, margin: float) -> str:
     """How many requests would show it, if the change is what it seems."""
     if value <= -margin:
-        return "; it is worse"
+        return "; it is estimated below that, so more such requests would hardly show otherwise"
     wide = value - low
     more = n * (wide * (1.0 + POWER_Z / 1.96) / (value + margin)) ** 2
     return (
