@@ -211,6 +211,8 @@ def _noted(
         with contextlib.suppress(InputError):  # the first error is the one to report
             _note(engine, who, time_us, {**moved, **told, "failed": " ".join(str(error).split())[:300]})
         raise
+    finally:
+        engine.dispose()
 
 
 def _note(engine: sa.Engine, who: str, time_us: int, content: Mapping[str, Any]) -> None:

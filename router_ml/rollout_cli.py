@@ -217,16 +217,16 @@ def _until_signal() -> Iterator[list[int]]:
 
     def note(number: int, _frame: Any) -> None:
         came.append(number)
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
     for one in (signal.SIGINT, signal.SIGTERM):
         before[one] = signal.signal(one, note)
     try:
         yield came
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _clock(time: datetime | None = None) -> str:

@@ -10,6 +10,7 @@ import pytest
 from router_ml.intervals import (
     MOST_CLUSTERS,
     bootstrap_interval,
+    cluster_sequence,
     cluster_sums,
     confidence_sequence,
     mean_and_error,
@@ -105,3 +106,19 @@ def test_sequence_over_rows_and_over_clusters_of_one_row_agree() -> None:
     mean, low, high = (float(x[-1]) for x in confidence_sequence(values, tightest_at=300))
     found = [float(x[0]) for x in sequence_interval(values[:, None], np.arange(400), tightest_at=300)]
     np.testing.assert_allclose(found[:3], [mean, low, high], rtol=1e-3)
+
+
+def test_a_sequence_over_clusters_ends_where_the_interval_does_and_looks_not_ahead() -> None:
+    rng = np.random.default_rng(4)
+    cluster = np.sort(rng.integers(0, 90, 400))
+    values = rng.normal(1.0, 2.0, (400, 1)) + rng.normal(0.0, 1.0, 90)[cluster][:, None]
+    sums, sizes = cluster_sums(values, cluster)
+    mean, low, high = cluster_sequence(sums[:, 0], sizes, confidence=0.9, tightest_at=200)
+    for c in (20, 50, len(sizes)):
+        first = cluster <= np.unique(cluster)[c - 1]
+        m, a, b, _ = sequence_interval(values[first], cluster[first], confidence=0.9, tightest_at=200)
+        assert [mean[c - 1], low[c - 1], high[c - 1]] == pytest.approx([m[0], a[0], b[0]])
+    assert np.isinf(high[:19]).all() and np.isfinite(high[19:]).all()
+    ones = cluster_sequence(values[:, 0], np.ones(400))
+    assert np.allclose(ones[0], confidence_sequence(values[:, 0])[0])
+    assert np.allclose(ones[2][19:], confidence_sequence(values[:, 0])[2][19:], rtol=0.03)

@@ -133,9 +133,9 @@ def watch(
     for name in asked:
         of = told.own & (told.model == name)
         _, _, *sequence = _sequence(residual[of], told.cluster[of], share, tightest_at)
-        values = [float(x[-1]) for x in sequence]
+        m, a, b = (float(x[-1]) for x in sequence)
         means = float(told.promise[of].mean()), float(told.ok[of].mean())
-        found.append(OfModel(name, int(of.sum()), *means, *values, values[2] < -tolerance))
+        found.append(OfModel(name, int(of.sum()), *means, m, a, b, b < -tolerance))
     n = len(residual)
     promised, observed = (float(x.mean()) if n else math.nan for x in (told.promise, told.ok))
     now, low, high = (float(x[-1]) if n else math.nan for x in (mean, lower, upper))
@@ -158,7 +158,7 @@ def failure_rates(manifest: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 class _Told(NamedTuple):
-    """n outcomes: cluster [n], model [n], promise [n], ok [n], whether the chosen model answered [n]; began [clusters]."""
+    """The outcomes as arrays [n], `own` where the chosen model answered itself; `began` [clusters] of all decisions."""
 
     decisions: int
     cluster: IntArray
