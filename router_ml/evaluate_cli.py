@@ -21,8 +21,6 @@ from router_ml.tune_cli import CONFIDENCE, LOGS, POLICY, log_rows, write_json
 
 if TYPE_CHECKING:
     from router_ml.registry import ModelVersion
-    from training.challenge import Challenge
-    from training.gate import Limits, Verdict
 
 _SHARE = click.FloatRange(0.0, 1.0)
 _LIMITS = (
@@ -59,7 +57,7 @@ def limits(command: Callable[..., None]) -> Callable[..., None]:
         }
         margins: dict[str, Any] = _margins(options.pop("slice_margins"))
 
-        def made() -> Limits:
+        def made() -> Any:
             from training.gate import Limits
 
             every = {"slice": margins.pop("")} if "" in margins else {}
@@ -87,7 +85,7 @@ def limits(command: Callable[..., None]) -> Callable[..., None]:
 @TRACKING
 def evaluate(
     challenger: str, champion: str | None, logs: Path | None, store: str | None, policy: Path | None,
-    since: datetime | None, confidence: float, limits: Callable[[], Limits], html: Path | None,
+    since: datetime | None, confidence: float, limits: Callable[[], Any], html: Path | None,
     json_path: Path | None, keep: bool, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Compare CHALLENGER with the champion on the newest rows that neither has learnt from.
@@ -127,7 +125,7 @@ def evaluate(
 @TRACKING
 def promote(
     name: str, version: str | None, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    confidence: float, limits: Callable[[], Limits], force: bool, reason: str | None, who: str, tracking_uri: str,
+    confidence: float, limits: Callable[[], Any], force: bool, reason: str | None, who: str, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Make VERSION of NAME (by default its challenger) the champion, if every condition holds.
 
@@ -143,7 +141,7 @@ def promote(
     if force and (not (reason or "").strip() or store is None):
         raise InputError("--force needs --reason, which is kept, and --store, whose audit log is told")
     wanted = registry.resolve(tracking_uri, name, "challenger").version if version is None else version
-    verdict: Verdict | None = None
+    verdict: Any = None
     with _both(tracking_uri, f"{name}/{wanted}", None) as (new, old):
         assert new.version is not None
         before = None if old is None or old.version is None else old.version.version
@@ -222,8 +220,8 @@ def _named(uri: str, address: str, alias: str, to: Path) -> _Named:
 
 def _judged(
     new: _Named, old: _Named, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    confidence: float, limits: Limits, uri: str,
-) -> tuple[Challenge, Verdict]:  # fmt: skip
+    confidence: float, limits: Any, uri: str,
+) -> tuple[Any, Any]:  # fmt: skip
     from router_ml.policy import Policy
     from router_ml.rollout import rolled_back
     from training.challenge import Contender, challenge

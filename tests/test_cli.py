@@ -106,10 +106,10 @@ def test_training_says_what_it_made(way: Way) -> None:
 def test_the_first_version_is_the_champion_the_second_its_challenger(way: Way) -> None:
     assert f"registered as router version 1, alias champion ({way.uri})" in way.said[1]
     assert "registered as router version 2, alias challenger" in way.said[2]
-    assert "router version 2 is now champion" in ok("promote", "router", "2", "--tracking-uri", way.uri)
-    aliases = {alias: registry.resolve(way.uri, "router", alias).version for alias in ("champion", "previous")}
-    assert aliases == {"champion": "2", "previous": "1"}
-    assert "router version 1 is now champion" in ok("promote", "router", "1", "--tracking-uri", way.uri)
+    assert "nothing to judge by" in refused("promote", "router", "2", "--tracking-uri", way.uri)
+    assert "is the champion already" in refused("promote", "router", "1", "--tracking-uri", way.uri)
+    aliases = {alias: registry.resolve(way.uri, "router", alias).version for alias in ("champion", "challenger")}
+    assert aliases == {"champion": "1", "challenger": "2"}
 
 
 def test_route_prints_the_decision_as_json(way: Way) -> None:
@@ -400,7 +400,7 @@ def test_every_option_says_what_it_is(name: str) -> None:
         "router-ml trian --logs logs",
         "router-ml train --log logs --out bundle",
         "router-ml train --out bundle",
-        "router-ml promote router",
+        "router-ml promote",
         "router-ml promote router 1 2",
         "router-ml simulate --rows many --out logs",
         "router-ml import outcomes x.csv --catalog c.json --out logs --logging partial",

@@ -172,7 +172,7 @@ class Decided:
     `target`: probability of each model, exploration included; a request that the policy may not serve by any model has
     a row of zeros, which counts as unsupported. `choice`: position of the model without exploration, -1 where there is
     none, int64 [n]. `eligible`: what it might have chosen, bool [n, m]. `p_ok` and `cost_usd`: what it expects of every
-    model, NaN of one that it does not know.
+    model, NaN of one that it does not know. `answers`: the share of each model's calls that answer at all, [m].
     """
 
     catalog: Catalog
@@ -181,6 +181,12 @@ class Decided:
     eligible: BoolArray
     p_ok: Array
     cost_usd: Array
+    answers: Array
+
+    @property
+    def promised(self) -> Array:
+        """Probability that a call of each model brings an acceptable answer, float64 [n, m]."""
+        return self.p_ok * self.answers
 
     @property
     def predictions(self) -> dict[str, Array]:
@@ -219,7 +225,10 @@ def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, *
             choice[row] = catalog.index[decision.model]
         p_ok[row, here] = estimate.p_ok[there]
         cost[row, here] = router.expected_cost(request, estimate)[there]
-    return Decided(catalog, target, choice, eligible, p_ok, cost)
+    answers = np.ones(len(catalog))
+    if router.reliability is not None:
+        answers[here] = 1.0 - np.array(router.reliability.failure)[there]
+    return Decided(catalog, target, choice, eligible, p_ok, cost, answers)
 
 
 def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:

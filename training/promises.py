@@ -25,10 +25,10 @@ SCHEMA = {
 def residuals(logged: Logged, decided: Decided, threshold: float) -> Array:
     """Success less the promised probability, of each row's logged model, float64 [n]; NaN where either is not known.
 
-    Success is a quality of at least `threshold`.
+    Success is a quality of at least `threshold`; a call that failed for good is none, which the promise reckons with.
     """
     quality = logged.metrics["quality"]
-    promised = decided.p_ok[np.arange(len(logged)), logged.action]
+    promised = decided.promised[np.arange(len(logged)), logged.action]
     return np.where(np.isnan(quality), np.nan, (quality >= threshold) - promised)
 
 
@@ -41,7 +41,7 @@ def calibration_by_model(
     intervals of all models hold together with the given confidence (Bonferroni); fewer than 30 outcomes have none.
     """
     off = residuals(logged, decided, threshold)
-    promised = decided.p_ok[np.arange(len(logged)), logged.action]
+    promised = decided.promised[np.arange(len(logged)), logged.action]
     masks = {model: (logged.action == j) & ~np.isnan(off) for j, model in enumerate(logged.catalog.ids)}
     asked = {model: mask for model, mask in masks.items() if mask.any()}
     judged = sum(mask.sum() >= LEAST_OUTCOMES for mask in asked.values())
