@@ -12,6 +12,7 @@ import click
 
 from router_ml import __version__
 from router_ml.audit_cli import audit
+from router_ml.evaluate_cli import evaluate, promote
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
 from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
@@ -180,21 +181,6 @@ def onboard(bundle: Path, card: Path, logs: Path | None, sibling: str | None, ou
 
 
 @main.command()
-@click.argument("name")
-@click.argument("version")
-@TRACKING
-def promote(name: str, version: str, tracking_uri: str) -> None:
-    """Make VERSION of the registered router NAME the champion; the one before stays under the alias previous.
-
-    Example: router-ml promote router 3
-    """
-    from router_ml import registry
-
-    moved = registry.promote(tracking_uri, name, version)
-    click.echo(f"{moved.name} version {moved.version} is now {moved.alias}")
-
-
-@main.command()
 @click.argument("prompt")
 @click.option("--bundle", required=True, type=PathArg, help="A bundle directory.")
 @click.option("--policy", type=ExistingFile, help="A policy file, TOML.")
@@ -281,7 +267,7 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 main.add_command(audit)
 main.add_command(serve)
-for command in (tune, compare, explore, rollback, watch, history):
+for command in (tune, compare, explore, evaluate, promote, rollback, watch, history):
     main.add_command(command)
 
 

@@ -69,7 +69,7 @@ def tune(
         "dials": [_KINDS[name] for name in dial or _KINDS],
         "method": method,
     }
-    frame = _log(logs, store, since)
+    frame = log_rows(logs, store, since)
     if store is None:
         found = run(router, frame, read_bundle(bundle).manifest, since=since, **options)
     else:
@@ -88,7 +88,7 @@ def tune(
             f"  expected cost of a call {found.cost_usd[at]:.3g} USD; of the safest setting {found.cost_usd[0]:.3g} USD"
         )
     click.echo("\n".join(["this assumes", *(f"  {line}" for line in found.assumptions)]))
-    _write(
+    write_json(
         json_path,
         {
             **{name: getattr(found, name) for name in ("min_quality", "confidence", "method", "why", "more_rows")},
@@ -130,7 +130,7 @@ def compare(
     """
     from training.compare import compare as run
 
-    frame, cards = _log(logs, store), _cards(logs, catalog)
+    frame, cards = log_rows(logs, store), _cards(logs, catalog)
     found = run(frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence)
     on = f"{found.n:,} of {found.considered:,} requests" + (f" of task {task}" if task else "")
     if found.quality is None:
@@ -149,7 +149,7 @@ def compare(
     if found.experiment is not None:
         click.echo("\n".join(f"  {line}" for line in found.experiment.in_words))
         click.echo("  router-ml explore --plan spreads them over days within a budget")
-    _write(
+    write_json(
         json_path,
         {
             **{n: getattr(found, n) for n in ("model_a", "model_b", "task", "how", "n", "considered", "confidence")},
@@ -192,7 +192,7 @@ def explore(
 
     if not plan and (out or budget_usd_per_day is not None or policy):
         raise InputError("--out, --policy and --budget-usd-per-day belong to --plan: add it")
-    frame, cards = _log(logs, store), _cards(logs, catalog)
+    frame, cards = log_rows(logs, store), _cards(logs, catalog)
     found = plan_experiment(
         frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence,
         requests_per_day=requests_per_day,
@@ -216,7 +216,7 @@ def explore(
         if out is not None:
             changed = write_policy(made.rule, out, base=policy, catalog=cards)
             click.echo(f"written to {out}, policy version {changed.version}; take the entry out again when it is done")
-    _write(json_path, written)
+    write_json(json_path, written)
     _draw(plot, drawing)
 
 
@@ -236,7 +236,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
-def _log(logs: Path | None, store: str | None, since: datetime | None = None) -> pl.DataFrame:
+def log_rows(logs: Path | None, store: str | None, since: datetime | None = None) -> pl.DataFrame:
     """The rows of a log, or of a store. Raises InputError unless exactly one of them is given."""
     import polars as pl
 
@@ -259,7 +259,7 @@ def _microseconds(since: datetime | None) -> int:
     return 0 if since is None else int(since.replace(tzinfo=UTC).timestamp() * 1e6)
 
 
-def _write(path: Path | None, found: dict[str, Any]) -> None:
+def write_json(path: Path | None, found: dict[str, Any]) -> None:
     """JSON, aside and renamed."""
     if path is None:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,3 +274,35 @@ def sparse_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: py
     out = tmp_path_factory.mktemp("bundle") / "sparse"
     save_router(out, fit(build_dataset(log, catalog), encoder="lexical").estimator, {"quality_threshold": 0.5})
     return out
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A simulated log, and two bundles: one that knows its first part, and one that held its newest part out."""
+
+    log: pl.DataFrame
+    folder: Path
+
+    @property
+    def champion(self) -> Path:
+        return self.folder / "champion"
+
+    @property
+    def challenger(self) -> Path:
+        return self.folder / "challenger"
+
+
+@pytest.fixture(scope="session")
+def contest(tmp_path_factory: pytest.TempPathFactory) -> Contest:
+    """Two bundles that were trained on the same traffic, the challenger on more of it. Shared: copy before changing."""
+    from router_ml.logs import read_log
+    from training.simulate import simulate
+    from training.train import train
+    from training.world import SIMULATED_CATALOG
+
+    folder = tmp_path_factory.mktemp("contest")
+    simulate(4000, folder / "logs", logging="uniform", feedback_rate=0.8, seed=3)
+    log = read_log(folder / "logs")
+    train(log.head(1200), SIMULATED_CATALOG, out=folder / "champion", encoder="lexical", holdout=0.0)
+    train(log, SIMULATED_CATALOG, out=folder / "challenger", encoder="lexical", holdout=0.6)
+    return Contest(log, folder)

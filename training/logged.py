@@ -165,28 +165,66 @@ def requests_of(log: pl.DataFrame, **dial: Any) -> list[RouteRequest]:
     return made
 
 
-def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:
-    """Probability of each model under the router's policy per row of the log, exploration included; float64 [n, m].
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What a router would do with a log's rows, and what it expects: n rows, m models of `catalog`.
+
+    `target`: probability of each model, exploration included; a request that the policy may not serve by any model has
+    a row of zeros, which counts as unsupported. `choice`: position of the model without exploration, -1 where there is
+    none, int64 [n]. `eligible`: what it might have chosen, bool [n, m]. `p_ok` and `cost_usd`: what it expects of every
+    model, NaN of one that it does not know.
+    """
+
+    catalog: Catalog
+    target: Array
+    choice: IntArray
+    eligible: BoolArray
+    p_ok: Array
+    cost_usd: Array
+
+    @property
+    def predictions(self) -> dict[str, Array]:
+        """What sharpens the model of outcomes inside the estimators, by metric."""
+        return {"quality": self.p_ok, "cost_usd": self.cost_usd}
+
+
+def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Decided:
+    """Routes every row of the log; `dial` sets fields of each request (`tier="premium"`).
 
     `catalog` (default: the router's) sets the model axis; it has to be that of the `Logged`. Each request is routed by
     itself, as a session's first one would be: what a session's model is depends on the policy itself, so a log of
-    another one does not know. A request that the policy may not serve by any model has a row of zeros, which
-    counts as unsupported. Raises InputError where the router chooses a model that the catalogue does not list.
+    another one does not know. Raises InputError where the router chooses a model that the catalogue does not list.
     """
     catalog = router.catalog if catalog is None else catalog
     greedy = replace(router, draw=lambda: 1.0)  # never below an exploration rate
-    target = np.zeros((len(log), len(catalog)))
+    shape = len(log), len(catalog)
+    target, p_ok, cost = np.zeros(shape), np.full(shape, np.nan), np.full(shape, np.nan)
+    choice, eligible = np.full(len(log), -1), np.zeros(shape, dtype=bool)
+    known = [model for model in router.catalog.ids if model in catalog]
+    here = [catalog.index[model] for model in known]
+    there = [router.catalog.index[model] for model in known]
     for row, request in enumerate(requests_of(log, **dial)):
         try:
-            decision = greedy.decide(request)
+            decision, estimate = greedy.decide_with_estimate(request)
         except NoEligibleModelError:
-            continue
-        for model in (candidate.model for candidate in decision.candidates):
-            if (share := probability(decision, model)) > 0.0:
-                if model not in catalog:
+            estimate = router.estimator.estimate(request)
+        else:
+            for model in (candidate.model for candidate in decision.candidates):
+                share = probability(decision, model)
+                if model in catalog:
+                    target[row, catalog.index[model]] = share
+                    eligible[row, catalog.index[model]] = True
+                elif share > 0.0:
                     raise InputError(f"the router may choose {model!r}, which the catalogue does not list")
-                target[row, catalog.index[model]] = share
-    return target
+            choice[row] = catalog.index[decision.model]
+        p_ok[row, here] = estimate.p_ok[there]
+        cost[row, here] = router.expected_cost(request, estimate)[there]
+    return Decided(catalog, target, choice, eligible, p_ok, cost)
+
+
+def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:
+    """Probability of each model under the router's policy per row of the log, float64 [n, m]; see `decided`."""
+    return decided(router, log, catalog, **dial).target
 
 
 def predictions_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> dict[str, Array]:
@@ -195,14 +233,4 @@ def predictions_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = 
     NaN for a model that it does not know. They sharpen the model of outcomes inside the estimators. The rows must not
     be those that the router was trained on: it would seem to know them better than it knows new ones.
     """
-    catalog = router.catalog if catalog is None else catalog
-    shape = len(log), len(catalog)
-    p_ok, cost = np.full(shape, np.nan), np.full(shape, np.nan)
-    known = [model for model in router.catalog.ids if model in catalog]
-    here = [catalog.index[model] for model in known]
-    there = [router.catalog.index[model] for model in known]
-    for row, request in enumerate(requests_of(log, **dial)):
-        estimate = router.estimator.estimate(request)
-        p_ok[row, here] = estimate.p_ok[there]
-        cost[row, here] = router.expected_cost(request, estimate)[there]
-    return {"quality": p_ok, "cost_usd": cost}
+    return decided(router, log, catalog, **dial).predictions

@@ -41,7 +41,8 @@ from training.support import (
 )
 
 __all__ = [
-    "Estimate", "Feedback", "Logged", "PolicyValue", "SliceValues", "Support", "evaluate_policy", "evaluate_slices",
+    "Estimate", "Feedback", "Logged", "PolicyValue", "SliceValues", "Support", "evaluate_policies", "evaluate_policy",
+    "evaluate_slices",
     "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
 ]  # fmt: skip
 
@@ -95,11 +96,40 @@ def evaluate_policy(
 
     Raises InputError for arrays that do not fit, an unknown metric or estimator.
     """
-    _check(logged, target, baseline, metric, estimators, confidence, folds, feedback_ratio)
+    return evaluate_policies(
+        logged, {"": target}, metric=metric, estimators=estimators, baseline=baseline, confidence=confidence,
+        interval=interval, tightest_at=tightest_at, folds=folds, seed=seed, features=features, predictions=predictions,
+        max_weight=max_weight, feedback_ratio=feedback_ratio,
+    )[""]  # fmt: skip
+
+
+def evaluate_policies(
+    logged: Logged,
+    targets: Mapping[str, Array],
+    *,
+    metric: str = "quality",
+    estimators: Sequence[Estimator] = ("dr",),
+    baseline: Array | None = None,
+    confidence: float = 0.95,
+    interval: Interval = "bootstrap",
+    tightest_at: int = 1000,
+    folds: int = 5,
+    seed: int = 0,
+    features: Array | None = None,
+    predictions: Mapping[str, Array] | None = None,
+    max_weight: float | None = None,
+    feedback_ratio: float = 1.0,
+) -> dict[str, PolicyValue]:
+    """`evaluate_policy` for several policies by name; the models, which do not depend on a policy, are fitted once.
+
+    Each interval has the given confidence by itself.
+    """
+    for target in targets.values():
+        _check(logged, target, baseline, metric, estimators, confidence, folds, feedback_ratio)
     look = _Look(tuple(estimators), confidence, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):  # threads that wait for a busy core only spin
-        rows = _fitted(logged, target, baseline, metric, folds, seed, features, predictions, max_weight, feedback_ratio)
-        return _value(rows, look)
+        models = _fitted(logged, metric, folds, seed, features, predictions, feedback_ratio)
+        return {name: _value(models.rows(target, baseline, max_weight), look) for name, target in targets.items()}
 
 
 def evaluate_slices(
@@ -138,7 +168,8 @@ def evaluate_slices(
     each = 1.0 - (1.0 - confidence) / max(len(masks), 1)
     look = _Look((estimator,), each, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):
-        rows = _fitted(logged, target, baseline, metric, folds, seed, features, predictions, max_weight, feedback_ratio)
+        models = _fitted(logged, metric, folds, seed, features, predictions, feedback_ratio)
+        rows = models.rows(target, baseline, max_weight)
         values = {key: _value(rows.take(np.flatnonzero(mask)), look) for key, mask in masks.items()}
     return SliceValues(metric, confidence, values)
 
@@ -177,13 +208,38 @@ class _Rows:
         return replace(self, logged=self.logged.take(at), parts=self.parts.take(at), **arrays)
 
 
+@dataclass(frozen=True)
+class _Models:
+    """What is fitted before any policy is named; arrays have a row a decision."""
+
+    logged: Logged
+    metric: str
+    propensity: Array
+    can: BoolArray  # [n, m]
+    q: Array  # [n, m], out of fold
+    told: Array | None  # probability of feedback
+    known: Array  # 1 / that where the outcome is known, else 0
+    warnings: tuple[str, ...]
+
+    def rows(self, target: Array, baseline: Array | None, max_weight: float | None) -> _Rows:
+        """One policy's rows, or the difference of it to `baseline`."""
+        target = np.asarray(target, dtype=np.float64)
+        change = target if baseline is None else target - np.asarray(baseline, dtype=np.float64)
+        logged, action = self.logged, self.logged.action
+        unclipped = change[np.arange(len(logged)), action] / self.propensity
+        weight = unclipped if max_weight is None else np.clip(unclipped, -max_weight, max_weight)
+        parts = Parts(change, action, weight, np.nan_to_num(logged.metrics[self.metric]), self.known, self.q)
+        return _Rows(
+            logged, self.metric, target, baseline, self.propensity, self.can,
+            unsupported_of(change, target, self.can), unclipped, self.told, parts, self.warnings,
+        )  # fmt: skip
+
+
 def _fitted(
-    logged: Logged, target: Array, baseline: Array | None, metric: str, folds: int, seed: int,
-    features: Array | None, predictions: Mapping[str, Array] | None, max_weight: float | None, feedback_ratio: float,
-) -> _Rows:  # fmt: skip
-    target = np.asarray(target, dtype=np.float64)
-    change = target if baseline is None else target - np.asarray(baseline, dtype=np.float64)
-    n, m = change.shape
+    logged: Logged, metric: str, folds: int, seed: int, features: Array | None,
+    predictions: Mapping[str, Array] | None, feedback_ratio: float,
+) -> _Models:  # fmt: skip
+    n, m = logged.eligible.shape
     at = np.arange(n)
     warnings = list(logged.notes)
     fold = folds_by_cluster(logged.cluster, folds, seed)
@@ -200,9 +256,6 @@ def _fitted(
             "Where the choice also depended on something else, every estimate is biased; see the overlap table"
         )
     can = supported(logged, estimated)
-    unclipped = change[at, logged.action] / propensity
-    weight = unclipped if max_weight is None else np.clip(unclipped, -max_weight, max_weight)
-
     outcome = logged.metrics[metric]
     seen = ~np.isnan(outcome)
     prediction = None if predictions is None else predictions.get(metric)
@@ -213,11 +266,7 @@ def _fitted(
     if not seen.all():
         told = cross_fit_feedback(design, logged.action, stands, prediction, fold, m)
         known = inverse_feedback(stands, told, logged.action, m)
-    parts = Parts(change, logged.action, weight, np.where(seen, outcome, 0.0), known, q)
-    unsupported = unsupported_of(change, target, can)
-    return _Rows(
-        logged, metric, target, baseline, propensity, can, unsupported, unclipped, told, parts, tuple(warnings)
-    )
+    return _Models(logged, metric, propensity, can, q, told, known, tuple(warnings))
 
 
 def _value(rows: _Rows, look: _Look) -> PolicyValue:

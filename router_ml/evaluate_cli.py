@@ -1,0 +1,250 @@
+"""The commands `router-ml evaluate` and `promote`: what a challenger would change, and whether it may."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router_ml.errors import InputError, NoAliasError, RegistryError
+from router_ml.rollout_cli import WHO
+from router_ml.terminal import TRACKING, PathArg
+from router_ml.tune_cli import CONFIDENCE, LOGS, POLICY, log_rows, write_json
+
+if TYPE_CHECKING:
+    from router_ml.registry import ModelVersion
+    from training.challenge import Challenge
+    from training.gate import Limits, Verdict
+
+_SHARE = click.FloatRange(0.0, 1.0)
+_LIMITS = (
+    click.option(
+        "--margin", "quality", default=0.02, show_default=True, type=_SHARE,
+        help="How far below 0 the lower bound of the quality change may lie.",
+    ),
+    click.option(
+        "--slice-margin", "slice_margins", multiple=True, metavar="[SLICE:]MARGIN",
+        help="The same for each slice, 0.1 by default; for some with task=code:0.02 or task:0.05. May be repeated.",
+    ),
+    click.option("--max-cost-change", "cost", type=float, help="Most that costs may rise, as a share; any by default."),
+    click.option(
+        "--calibration-margin", "calibration", default=0.05, show_default=True, type=_SHARE,
+        help="How much less success than promised there may be.",
+    ),
+    click.option("--max-latency-ratio", "latency", default=1.5, show_default=True, help="Of a decision's time."),
+    click.option("--fresh-days", default=30.0, show_default=True, help="How old the newest judged request may be."),
+    click.option("--min-rows", "rows", default=500, show_default=True, help="How many requests have to be judged."),
+)  # fmt: skip
+SINCE = click.option("--since", type=click.DateTime(), help="Only rows after this time, UTC.")
+STORE = click.option(
+    "--store", help="The service's store, SQLite file or URL: its rows judge where --logs is not given."
+)
+
+
+def limits(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of `training.gate.Limits`, handed to the command as `limits`, a function that makes them."""
+
+    @functools.wraps(command)
+    def with_limits(**options: Any) -> None:
+        stated = {
+            name: options.pop(name) for name in ("quality", "cost", "calibration", "latency", "fresh_days", "rows")
+        }
+        margins: dict[str, Any] = _margins(options.pop("slice_margins"))
+
+        def made() -> Limits:
+            from training.gate import Limits
+
+            every = {"slice": margins.pop("")} if "" in margins else {}
+            return Limits(**stated, **every, slices=margins)
+
+        command(**options, limits=made)
+
+    for option in reversed(_LIMITS):
+        with_limits = option(with_limits)
+    return with_limits
+
+
+@click.command()
+@click.argument("challenger")
+@click.option("--champion", help="A bundle directory, or NAME@ALIAS or NAME/VERSION; by default NAME@champion.")
+@LOGS
+@STORE
+@POLICY
+@SINCE
+@CONFIDENCE
+@limits
+@click.option("--html", type=PathArg, help="Write the report as one HTML page.")
+@click.option("--json", "json_path", type=PathArg, help="Write everything as JSON.")
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the report with a registered version.")
+@TRACKING
+def evaluate(
+    challenger: str, champion: str | None, logs: Path | None, store: str | None, policy: Path | None,
+    since: datetime | None, confidence: float, limits: Callable[[], Limits], html: Path | None,
+    json_path: Path | None, keep: bool, tracking_uri: str,
+) -> None:  # fmt: skip
+    """Compare CHALLENGER with the champion on the newest rows that neither has learnt from.
+
+    CHALLENGER is a bundle directory, NAME@ALIAS, NAME/VERSION, or NAME for NAME@challenger. A registered one keeps the
+    report among its artifacts in MLflow. Says which of a promotion's conditions hold; exits with 0 either way.
+
+    Example: router-ml evaluate router --logs logs --html report.html
+    """
+    from training.challenge_report import as_html, as_json, as_text, log_report, write_aside
+
+    with _both(tracking_uri, challenger, champion) as (new, old):
+        if old is None:
+            raise InputError(f"{challenger} has no champion to be compared with: give --champion")
+        found, verdict = _judged(new, old, logs, store, policy, since, confidence, limits(), tracking_uri)
+        click.echo(as_text(found, verdict))
+        if html is not None:
+            write_aside(html, as_html(found, verdict))
+        write_json(json_path, as_json(found, verdict))
+        if keep and new.version is not None:
+            log_report(tracking_uri, new.version, found, verdict)
+            click.echo(f"kept with {new.version.name} version {new.version.version}, artifacts evaluation/")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("version", required=False)
+@LOGS
+@STORE
+@POLICY
+@SINCE
+@CONFIDENCE
+@limits
+@click.option("--force", is_flag=True, help="Promote whatever the conditions say; needs --reason and --store.")
+@click.option("--reason", help="Why; kept with the version and in the audit log.")
+@WHO
+@TRACKING
+def promote(
+    name: str, version: str | None, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
+    confidence: float, limits: Callable[[], Limits], force: bool, reason: str | None, who: str, tracking_uri: str,
+) -> None:  # fmt: skip
+    """Make VERSION of NAME (by default its challenger) the champion, if every condition holds.
+
+    It is compared with the champion on the newest rows that neither has learnt from. The one before stays under the
+    alias previous, for router-ml rollback. A store is told in its audit log. Exits with 1 where a condition fails.
+
+    Example: router-ml promote router 3 --logs logs --store router-ml.db
+    """
+    from router_ml import registry, rollout
+    from training.challenge_report import conditions_text, log_report
+    from training.gate import Verdict, golden_rows
+
+    if force and (not (reason or "").strip() or store is None):
+        raise InputError("--force needs --reason, which is kept, and --store, whose audit log is told")
+    wanted = registry.resolve(tracking_uri, name, "challenger").version if version is None else version
+    verdict: Verdict | None = None
+    with _both(tracking_uri, f"{name}/{wanted}", None) as (new, old):
+        assert new.version is not None
+        before = None if old is None or old.version is None else old.version.version
+        if before == new.version.version:
+            raise InputError(f"{name} version {before} is the champion already")
+        if old is None:
+            verdict = Verdict((golden_rows(new.bundle),))
+            click.echo(f"{name} has no champion: there is nothing to compare version {wanted} with")
+        elif logs is not None or (store is not None and not force):
+            found, verdict = _judged(new, old, logs, store, policy, since, confidence, limits(), tracking_uri)
+            log_report(tracking_uri, new.version, found, verdict)
+        elif not force:
+            raise InputError(
+                "nothing to judge by: give the newest rows with --logs LOG or --store FILE, or overrule the gate with "
+                "--force --reason TEXT --store FILE"
+            )
+        click.echo("\n".join(conditions_text(verdict) if verdict else ["not judged: no --logs"]))
+        if verdict is not None and not verdict.passed and not force:
+            failed = ", ".join(condition.name for condition in verdict.failed)
+            click.echo(f"{name} version {wanted} is not promoted: {failed}", err=True)
+            sys.exit(1)
+        moved = rollout.promote(
+            tracking_uri, name, wanted, who=who, reason=reason, forced=force,
+            gate=None if verdict is None else verdict.to_json(), store=store, expected=before,
+        )  # fmt: skip
+    said = f"; version {moved.before} was it before" if moved.before is not None else ""
+    click.echo(f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A bundle by its address: its directory, and its registered version where it has one."""
+
+    bundle: Path
+    version: ModelVersion | None
+
+
+@contextmanager
+def _both(uri: str, challenger: str, champion: str | None) -> Iterator[tuple[_Named, _Named | None]]:
+    """Both bundles on disk; the champion is None where a registered router has none yet."""
+    with tempfile.TemporaryDirectory(prefix="router-ml-") as folder:
+        new = _named(uri, challenger, "challenger", Path(folder) / "challenger")
+        if champion is None and new.version is None:
+            yield new, None
+            return
+        try:
+            assert champion is not None or new.version is not None
+            address = champion or f"{new.version.name}@champion"  # type: ignore[union-attr]
+            old = _named(uri, address, "champion", Path(folder) / "champion")
+        except NoAliasError:
+            if champion is not None:
+                raise
+            yield new, None
+            return
+        yield new, old
+
+
+def _named(uri: str, address: str, alias: str, to: Path) -> _Named:
+    from router_ml import registry
+
+    if (Path(address) / "manifest.json").is_file() or Path(address).is_dir():
+        return _Named(Path(address), None)
+    name, slash, number = address.partition("/")
+    if slash and number.isdecimal():
+        version = next((v for v in registry.versions(uri, name) if v.version == number), None)
+        if version is None:
+            known = ", ".join(v.version for v in reversed(registry.versions(uri, name)))
+            raise RegistryError(f"model {name!r} has no version {number!r} (it has: {known}): name one it has")
+    elif slash:
+        raise InputError(f"there is no bundle at {address}: give a bundle directory, NAME@ALIAS or NAME/VERSION")
+    else:
+        name, _, stated = address.partition("@")
+        version = registry.resolve(uri, name, stated or alias)
+    return _Named(registry.download(uri, name, version.version, to), version)
+
+
+def _judged(
+    new: _Named, old: _Named, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
+    confidence: float, limits: Limits, uri: str,
+) -> tuple[Challenge, Verdict]:  # fmt: skip
+    from router_ml.policy import Policy
+    from router_ml.rollout import rolled_back
+    from training.challenge import Contender, challenge
+    from training.gate import judge
+
+    rows = log_rows(logs, None if logs is not None else store, since)
+    under = Policy.load(policy) if policy else None
+    champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
+    found = challenge(champion, challenger, rows, since=since, confidence=confidence)
+    before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
+    verdict = judge(found, champion.router, challenger.router, bundle=new.bundle, limits=limits, rolled_back=before)
+    return found, verdict
+
+
+def _margins(stated: tuple[str, ...]) -> dict[str, float]:
+    """Margins by slice; "" is that of all the others."""
+    found: dict[str, float] = {}
+    for text in stated:
+        name, _, number = text.rpartition(":")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise InputError(f"--slice-margin {text}: give a number, or SLICE:NUMBER such as task=code:0.02") from None
+    return found
