@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -287,13 +286,6 @@ def killed_at_each_call(uri: str, folder: Path, store: str, action: str) -> list
     return [f"sqlite:///{folder}/{at}/mlflow.db" for at in range(1, json.loads(done.stdout)["through"] + 1)]
 
 
-def copied(uri: str) -> str:
-    path = Path(uri.removeprefix("sqlite:///"))
-    (path.parent / "copy").mkdir()
-    shutil.copy(path, path.parent / "copy" / "mlflow.db")
-    return f"sqlite:///{path.parent}/copy/mlflow.db"
-
-
 def test_a_promotion_killed_at_any_call_leaves_a_champion_and_a_way_on(make: Make, store: str, tmp_path: Path) -> None:
     uri = make("aa", "bb", "cc", "dd", champions="123")
     found = killed_at_each_call(uri, tmp_path / "killed", store, "promote")
@@ -304,9 +296,10 @@ def test_a_promotion_killed_at_any_call_leaves_a_champion_and_a_way_on(make: Mak
         champion, told = reached[at], history(here, NAME)
         assert [p.promoted is not None for p in told] == [champion == "4", True, True, True], at
         assert [p.rolled_back for p in told] == [None] * 4, at
-        other = copied(here)
-        promote(other, NAME, "4", who="me")
-        assert aliases(other) == ("4", "3"), at
+        if at % 2:
+            promote(here, NAME, "4", who="me")
+            champion = "4"
+            assert aliases(here) == ("4", "3"), at
         way = [rollback(here, NAME, who="me", reason="x").version for _ in range(2)]
         assert way == (["3", "2"] if champion == "4" else ["2", "1"]), at
         assert aliases(here) == (way[1], "1" if champion == "4" else None), at
@@ -321,10 +314,11 @@ def test_a_rollback_killed_at_any_call_leaves_a_champion_and_a_way_on(make: Make
     for at, here in enumerate(found):
         back = reached[at] == "2"
         assert (rolled_back(here, NAME, "3") == "why") == back and reign(here, NAME).automatic == back, at
-        other = copied(here)
-        promote(other, NAME, "4", who="me")
-        assert aliases(other) == ("4", reached[at]), at
-        assert (rolled_back(other, NAME, "3") == "why") == back, at
+        if at % 2:
+            promote(here, NAME, "4", who="me")
+            assert aliases(here) == ("4", reached[at]), at
+            assert (rolled_back(here, NAME, "3") == "why") == back, at
+            assert rollback(here, NAME, who="me", reason="y").version == reached[at], at
         assert rollback(here, NAME, who="me", reason="x").version == ("1" if back else "2"), at
         assert rolled_back(here, NAME, "3") is not None, at
 
@@ -408,15 +402,15 @@ def shared_registry(request: pytest.FixtureRequest, make: Make, server: MlflowSe
 
 
 def test_of_two_promotions_at_once_one_wins(shared_registry: str) -> None:
-    codes, found, said = at_once(shared_registry, 6, "3", "1", "2")
+    codes, found, said = at_once(shared_registry, 4, "3", "1", "2")
     assert all(0 in of for of in codes), said
     assert all(champion in ("1", "2") and previous != champion for champion, previous in found), said
     assert all(champion in ("1", "2", "3") for _, champion in found), said
 
 
 def test_of_two_rollbacks_at_once_one_moves(shared_registry: str) -> None:
-    codes, found, said = at_once(shared_registry, 4, "123", "rollback", "rollback")
-    assert all(0 in of for of in codes) and found == [["2", "1"]] * 4, said
+    codes, found, said = at_once(shared_registry, 2, "123", "rollback", "rollback")
+    assert all(0 in of for of in codes) and found == [["2", "1"]] * 2, said
     if shared_registry.startswith("sqlite"):
         assert all(sorted(of) == [0, 1] for of in codes) and "it is version 2" in said, said
 
