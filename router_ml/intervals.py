@@ -79,17 +79,18 @@ def bootstrap_interval(
 
 
 def skewness_allowance(residual: Array, z: float) -> Array:
-    """How much further out, as a share of z, an end of the studentised bootstrap at z standard errors has to be, [k].
+    """How much further out, as a share of z, the ends of a studentised bootstrap at z standard errors have to be, [k].
 
-    The bootstrap estimates the skewness g by the same residuals [c, k] as the mean. Their covariance, k - 3/2 g^2 with
-    the kurtosis k in excess of a normal's, moves each end's coverage by (k - 3/2 g^2) z (1 + 2 z^2) phi(z) / (6 c)
-    (Hall, Theoretical Comparison of Bootstrap Confidence Intervals, Annals of Statistics 16, 1988, table 1, STUD), which
-    this much of z makes up for. Never below 0: an end is not drawn in on the word of moments that are themselves uncertain.
+    The bootstrap estimates the skewness s by the same residuals [c, k] as the mean. The covariance of the two,
+    e - 3/2 s^2 with the kurtosis e in excess of a normal's, takes (e - 3/2 s^2) z (1 + 2 z^2) phi(z) / (6 c) off each
+    end's coverage (Hall, Theoretical Comparison of Bootstrap Confidence Intervals, Annals of Statistics 16, 1988,
+    table 1), which this gives back. Never below 0: no end is drawn in on the word of moments that are so unsure.
     """
     square = np.square(residual).mean(axis=0)
     scaled = residual / np.sqrt(np.where(square > 0, square, 1.0))
     skewness, excess = np.power(scaled, 3).mean(axis=0), np.power(scaled, 4).mean(axis=0) - 3.0
-    return np.maximum(excess - 1.5 * np.square(skewness), 0.0) * (1 + 2 * z * z) / (6 * len(residual))
+    share: Array = np.maximum(excess - 1.5 * np.square(skewness), 0.0) * (1 + 2 * z * z) / (6 * len(residual))
+    return share
 
 
 def _studentised(sums: Array, sizes: Array, mean: Array, replicates: int, rng: np.random.Generator) -> Array:
