@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +53,17 @@ def bootstrap_interval(
     percentile or a normal interval is then too short on one side. Resampling clusters is resampling their sums, so a
     replicate is a row of counts in one matrix product, and all columns share the draws. More than `MOST_CLUSTERS` are
     first put into that many random groups. For tails that the replicates could not show, there are more of them.
+
+    Where few rows hold most of the variance it would still be short, in two ways that are mended and that vanish as
+    rows become many. It corrects for a skewness that it estimates from the same rows as the mean: `skewness_allowance`
+    moves both ends outwards. And the side that skewness shortens is shortened most just when an outlier has raised the
+    mean: neither end is nearer to the mean than the normal interval's. docs/log.md has the simulations.
     """
     sums, sizes = cluster_sums(values, cluster)
     mean, error = mean_and_error(sums, sizes)
+    alpha = 1.0 - confidence
+    normal = NormalDist().inv_cdf(1 - alpha / 2)
+    allowance = normal * skewness_allowance(sums - mean * sizes[:, None], normal)
     rng = np.random.default_rng(seed)
     if len(sizes) > MOST_CLUSTERS:
         group = rng.permutation(len(sizes)) % MOST_CLUSTERS
@@ -62,12 +71,26 @@ def bootstrap_interval(
         sums, sizes = grouped[:, :-1], grouped[:, -1]
     if len(sizes) < 2:
         return mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf), error
-    alpha = 1.0 - confidence
     replicates = max(replicates, math.ceil(20 / alpha) - 1)
     pivot = _studentised(sums, sizes, mean, replicates, rng)
-    low = mean - np.quantile(pivot, 1 - alpha / 2, axis=0) * error
-    high = mean - np.quantile(pivot, alpha / 2, axis=0) * error
-    return mean, low, high, error
+    below = np.maximum(np.quantile(pivot, 1 - alpha / 2, axis=0) + allowance, normal)
+    above = np.maximum(allowance - np.quantile(pivot, alpha / 2, axis=0), normal)
+    return mean, mean - below * error, mean + above * error, error
+
+
+def skewness_allowance(residual: Array, z: float) -> Array:
+    """How much further out, as a share of z, the ends of a studentised bootstrap at z standard errors have to be, [k].
+
+    The bootstrap estimates the skewness s by the same residuals [c, k] as the mean. The covariance of the two,
+    e - 3/2 s^2 with the kurtosis e in excess of a normal's, takes (e - 3/2 s^2) z (1 + 2 z^2) phi(z) / (6 c) off each
+    end's coverage (Hall, Theoretical Comparison of Bootstrap Confidence Intervals, Annals of Statistics 16, 1988,
+    table 1), which this gives back. Never below 0: no end is drawn in on the word of moments that are so unsure.
+    """
+    square = np.square(residual).mean(axis=0)
+    scaled = residual / np.sqrt(np.where(square > 0, square, 1.0))
+    skewness, excess = np.power(scaled, 3).mean(axis=0), np.power(scaled, 4).mean(axis=0) - 3.0
+    share: Array = np.maximum(excess - 1.5 * np.square(skewness), 0.0) * (1 + 2 * z * z) / (6 * len(residual))
+    return share
 
 
 def _studentised(sums: Array, sizes: Array, mean: Array, replicates: int, rng: np.random.Generator) -> Array:

@@ -16,6 +16,7 @@ from router_ml.intervals import (
     mean_and_error,
     sequence_interval,
     sequence_radius,
+    skewness_allowance,
 )
 
 
@@ -66,6 +67,42 @@ def test_it_covers_the_mean_of_skewed_clusters() -> None:
         normal += bool(abs(mean[0] - truth) <= 1.96 * error[0])
     assert 0.92 <= held / 400 <= 0.985
     assert held > normal, "what the studentised bootstrap is for"
+
+
+def weighted_errors(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Corrections of dr, [2000, 250] of mean 0: one row in 13 matches the target and has the weight 13."""
+    n, columns = 2000, 250
+    if kind == "long answers":  # one in a hundred is two to six times as long as others
+        long = np.where(rng.random((n, columns)) < 0.01, rng.uniform(2, 6, (n, columns)), 1.0)
+        error = rng.gamma(9, 1 / 9, (n, columns)) * long - 1.03
+    elif kind == "lognormal":
+        error = rng.lognormal(0.0, 1.0, (n, columns)) - math.exp(0.5)
+    else:
+        error = (rng.random((n, columns)) < 0.7) - 0.7
+    return np.where(rng.random((n, columns)) < 1 / 13, 13 * error, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [("long answers", 0.935, 0.965), ("lognormal", 0.925, 0.965), ("binary", 0.935, 0.965)]
+)
+def test_it_covers_where_few_weighted_rows_hold_the_variance(kind: str, least: float, most: float) -> None:
+    rng, held, longer = np.random.default_rng(8), [], []
+    for seed in range(8):
+        mean, low, high, error = bootstrap_interval(weighted_errors(kind, rng), np.arange(2000), seed=seed)
+        held += ((low <= 0) & (high >= 0)).tolist()
+        longer += ((high - low) / error / 3.92).tolist()
+        assert (np.minimum(mean - low, high - mean) >= 1.9599 * error).all()
+    assert least <= np.mean(held) <= most
+    if kind == "binary":
+        assert np.mean(longer) < 1.04, "nothing to mend there"
+
+
+def test_the_allowance_for_an_estimated_skewness_by_hand() -> None:
+    symmetric, skewed = np.array([-3.0, -1, -1, 0, 0, 0, 0, 1, 1, 3]), np.array([-1.0] * 9 + [9.0])
+    excess = (2 * 81 + 4) / 10 / 2.2**2 - 3
+    by_hand = excess * (1 + 2 * 4) / (6 * 10)
+    found = skewness_allowance(np.stack([symmetric, 7 * symmetric, skewed, np.zeros(10)], axis=1), 2.0)
+    np.testing.assert_allclose(found, [by_hand, by_hand, 0.0, 0.0])
 
 
 def test_one_cluster_is_no_evidence() -> None:
