@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from router_ml.errors import InputError, NoAliasError, RegistryError
+from router_ml.errors import InputError, NoAliasError, RegistryError, RouterError
 from router_ml.rollout_cli import WHO
 from router_ml.terminal import TRACKING, PathArg
 from router_ml.tune_cli import CONFIDENCE, LOGS, POLICY, log_rows, write_json
 
 if TYPE_CHECKING:
+    from router_ml.policy import Policy
     from router_ml.registry import ModelVersion
 
 _SHARE = click.FloatRange(0.0, 1.0)
@@ -39,12 +40,18 @@ _LIMITS = (
     ),
     click.option("--max-latency-ratio", "latency", default=1.5, show_default=True, help="Of a decision's time."),
     click.option("--fresh-days", default=30.0, show_default=True, help="How old the newest judged request may be."),
-    click.option("--min-rows", "rows", default=500, show_default=True, help="How many requests have to be judged."),
+    click.option("--min-rows", "rows", default=500, show_default=True, help="How many outcomes there have to be."),
+    click.option("--min-clusters", "clusters", default=40, show_default=True, help="How many independent groups."),
 )  # fmt: skip
 SINCE = click.option("--since", type=click.DateTime(), help="Only rows after this time, UTC.")
 STORE = click.option(
-    "--store", help="The service's store, SQLite file or URL: its rows judge where --logs is not given."
+    "--store",
+    help="The service's store, SQLite file or URL: its rows judge without --logs, under its policy without --policy.",
 )
+CLUSTER = click.option(
+    "--cluster", default="session", show_default=True, type=click.Choice(["session", "tenant"]),
+    help="What is independent of each other; what a canary drew together stays together.",
+)  # fmt: skip
 
 
 def limits(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +60,8 @@ def limits(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_limits(**options: Any) -> None:
         stated = {
-            name: options.pop(name) for name in ("quality", "cost", "calibration", "latency", "fresh_days", "rows")
+            name: options.pop(name)
+            for name in ("quality", "cost", "calibration", "latency", "fresh_days", "rows", "clusters")
         }
         margins: dict[str, Any] = _margins(options.pop("slice_margins"))
 
@@ -77,6 +85,7 @@ def limits(command: Callable[..., None]) -> Callable[..., None]:
 @STORE
 @POLICY
 @SINCE
+@CLUSTER
 @CONFIDENCE
 @limits
 @click.option("--html", type=PathArg, help="Write the report as one HTML page.")
@@ -85,7 +94,7 @@ def limits(command: Callable[..., None]) -> Callable[..., None]:
 @TRACKING
 def evaluate(
     challenger: str, champion: str | None, logs: Path | None, store: str | None, policy: Path | None,
-    since: datetime | None, confidence: float, limits: Callable[[], Any], html: Path | None,
+    since: datetime | None, cluster: str, confidence: float, limits: Callable[[], Any], html: Path | None,
     json_path: Path | None, keep: bool, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Compare CHALLENGER with the champion on the newest rows that neither has learnt from.
@@ -100,7 +109,7 @@ def evaluate(
     with _both(tracking_uri, challenger, champion) as (new, old):
         if old is None:
             raise InputError(f"{challenger} has no champion to be compared with: give --champion")
-        found, verdict = _judged(new, old, logs, store, policy, since, confidence, limits(), tracking_uri)
+        found, verdict = _judged(new, old, logs, store, policy, since, cluster, confidence, limits(), tracking_uri)
         click.echo(as_text(found, verdict))
         if html is not None:
             write_aside(html, as_html(found, verdict))
@@ -117,6 +126,7 @@ def evaluate(
 @STORE
 @POLICY
 @SINCE
+@CLUSTER
 @CONFIDENCE
 @limits
 @click.option("--force", is_flag=True, help="Promote whatever the conditions say; needs --reason and --store.")
@@ -125,7 +135,8 @@ def evaluate(
 @TRACKING
 def promote(
     name: str, version: str | None, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    confidence: float, limits: Callable[[], Any], force: bool, reason: str | None, who: str, tracking_uri: str,
+    cluster: str, confidence: float, limits: Callable[[], Any], force: bool, reason: str | None, who: str,
+    tracking_uri: str,
 ) -> None:  # fmt: skip
     """Make VERSION of NAME (by default its challenger) the champion, if every condition holds.
 
@@ -136,7 +147,7 @@ def promote(
     """
     from router_ml import registry, rollout
     from training.challenge_report import conditions_text, log_report
-    from training.gate import Verdict, golden_rows
+    from training.gate import Verdict, golden_rows, taken_back
 
     if force and (not (reason or "").strip() or store is None):
         raise InputError("--force needs --reason, which is kept, and --store, whose audit log is told")
@@ -144,29 +155,39 @@ def promote(
     verdict: Any = None
     with _both(tracking_uri, f"{name}/{wanted}", None) as (new, old):
         assert new.version is not None
-        before = None if old is None or old.version is None else old.version.version
+        before = "" if old is None or old.version is None else old.version.version
         if before == new.version.version:
             raise InputError(f"{name} version {before} is the champion already")
-        if old is None:
-            verdict = Verdict((golden_rows(new.bundle),))
-            click.echo(f"{name} has no champion: there is nothing to compare version {wanted} with")
-        elif logs is not None or (store is not None and not force):
-            found, verdict = _judged(new, old, logs, store, policy, since, confidence, limits(), tracking_uri)
-            log_report(tracking_uri, new.version, found, verdict)
-        elif not force:
+        if logs is None and store is None and old is not None:
             raise InputError(
                 "nothing to judge by: give the newest rows with --logs LOG or --store FILE, or overrule the gate with "
                 "--force --reason TEXT --store FILE"
             )
-        click.echo("\n".join(conditions_text(verdict) if verdict else ["not judged: no --logs"]))
+        gate: dict[str, Any] | None = None
+        try:
+            if old is None:
+                click.echo(f"{name} has no champion: there is nothing to compare version {wanted} with")
+                back = rollout.rolled_back(tracking_uri, name, new.version.version)
+                verdict = Verdict((golden_rows(new.bundle), *([] if back is None else [taken_back(back)])))
+            elif logs is not None or not force:
+                found, verdict = _judged(
+                    new, old, logs, store, policy, since, cluster, confidence, limits(), tracking_uri
+                )
+                log_report(tracking_uri, new.version, found, verdict)
+            gate = None if verdict is None else verdict.to_json()
+        except RouterError as error:
+            if not force:
+                raise
+            gate = {"passed": False, "error": str(error)}
+            click.echo(f"not judged: {error}", err=True)
+        click.echo("\n".join(conditions_text(verdict) if verdict else ["not judged"]))
         if verdict is not None and not verdict.passed and not force:
             failed = ", ".join(condition.name for condition in verdict.failed)
             click.echo(f"{name} version {wanted} is not promoted: {failed}", err=True)
             sys.exit(1)
         moved = rollout.promote(
-            tracking_uri, name, wanted, who=who, reason=reason, forced=force,
-            gate=None if verdict is None else verdict.to_json(), store=store, expected=before,
-        )  # fmt: skip
+            tracking_uri, name, wanted, who=who, reason=reason, forced=force, gate=gate, store=store, expected=before
+        )
     said = f"; version {moved.before} was it before" if moved.before is not None else ""
     click.echo(f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}")
 
@@ -220,20 +241,38 @@ def _named(uri: str, address: str, alias: str, to: Path) -> _Named:
 
 def _judged(
     new: _Named, old: _Named, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    confidence: float, limits: Any, uri: str,
+    cluster: str, confidence: float, limits: Any, uri: str,
 ) -> tuple[Any, Any]:  # fmt: skip
-    from router_ml.policy import Policy
     from router_ml.rollout import rolled_back
     from training.challenge import Contender, challenge
     from training.gate import judge
 
-    rows = log_rows(logs, None if logs is not None else store, since)
-    under = Policy.load(policy) if policy else None
+    rows = log_rows(logs, None if logs is not None else store)
+    under = _policy(policy, store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
-    found = challenge(champion, challenger, rows, since=since, confidence=confidence)
+    found = challenge(champion, challenger, rows, since=since, cluster=cluster, confidence=confidence)
     before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
     verdict = judge(found, champion.router, challenger.router, bundle=new.bundle, limits=limits, rolled_back=before)
     return found, verdict
+
+
+def _policy(file: Path | None, store: str | None) -> Policy | None:
+    """The policy that is judged under: the file's, else the one in force at the store's services, else the default."""
+    from router_ml.audit import changes
+    from router_ml.policy import Policy
+    from router_ml.tables import open_database
+
+    if file is not None:
+        return Policy.load(file)
+    if store is None:
+        return None
+    if "://" not in store and not Path(store).is_file():
+        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
+    noted = [change["after"] for change in changes(open_database(store)) if change["kind"] == "policy"]
+    if not noted:
+        click.echo("the store has noted no policy: the default one is judged under, or give --policy", err=True)
+        return None
+    return Policy.from_json(noted[-1]["policy"], f"the policy in force at {noted[-1]['version']}")
 
 
 def _margins(stated: tuple[str, ...]) -> dict[str, float]:

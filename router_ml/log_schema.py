@@ -20,6 +20,7 @@ from router_ml.types import STATUSES
 _TIME = pl.Datetime("us", "UTC")
 # One row is one attempt: `model` served it; where `fallback_from` is set, that is the model that the policy had chosen,
 # and `propensity` is the probability of that choice. `messages` and `tools` are JSON text. Null means absent.
+# Rows of one `cluster` were drawn together, as a canary's sessions or tenants are: they are not independent.
 LOG_SCHEMA = pl.Schema(
     {
         "request_id": pl.String(),
@@ -45,6 +46,7 @@ LOG_SCHEMA = pl.Schema(
         "fallback_from": pl.String(),
         "quality": pl.Float64(),
         "quality_source": pl.String(),
+        "cluster": pl.String(),
     }
 )
 REQUIRED = ("request_id", "time", "model")

@@ -82,7 +82,8 @@ def promote(
     The version gets tags first: when, by whom, why, the `gate`'s summary. With `store` (an existing service's store:
     SQLite file or SQLAlchemy URL) the audit log is told before the alias moves, and once more where it then does not.
     `forced` says that the gate was overruled, which takes a reason and a store. `expected` is the version that has to
-    be champion still. To promote the champion again is to stand by it: its record begins anew.
+    be champion still, "" if there has to be none. To promote the champion again is to stand by it: its record begins
+    anew.
 
     Raises InputError for a forced promotion without a reason or without a store that can be written to, MovedError
     where the champion is not the `expected` one, RegistryError for an unknown version or a registry that fails. After
@@ -117,8 +118,9 @@ def promote(
             if before is not None and before != version:
                 left = max(now, 1 + found.us(before, PROMOTED, ROLLED_BACK, RETURNED))
                 found.tag(before, {LEFT: str(left)})
-                if expected is not None:
-                    _expect(look(client, uri, name, tags=False), expected)
+            if expected is not None:
+                _expect(look(client, uri, name, tags=False), expected)
+            if before is not None and before != version:
                 found.point(PREVIOUS, before)
             found.point(CHAMPION, version)
             _tidy(client, uri, name)
@@ -180,10 +182,11 @@ def rollback(
 
 
 def _expect(found: Registry, expected: str | None) -> None:
-    if expected is not None and found.champion != str(expected):
+    if expected is not None and (found.champion or "") != str(expected):
         now = "there is none" if found.champion is None else f"it is version {found.champion}"
         raise MovedError(
-            f"the champion of {found.name!r} is not version {expected} any more, {now}: nothing was moved; "
+            f"the champion of {found.name!r} is not {f'version {expected}' if expected else 'free'} any more, {now}: "
+            f"nothing was moved; "
             f"router-ml history {found.name} tells who moved it"
         )
 

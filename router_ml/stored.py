@@ -202,6 +202,7 @@ def log_row(decision: Mapping[str, Any], reported: Mapping[str, Any]) -> dict[st
         "policy_version": decision["policy_version"],
         **{name: reported.get(name) for name in REPORTED if name != "served_model"},
         "fallback_from": decision["model"] if fell_back else None,
+        "cluster": decision["arm_cluster"],
     }
 
 

@@ -15,7 +15,7 @@ from conftest import Contest
 
 from router_ml import registry
 from router_ml.errors import InputError, RegistryError
-from router_ml.policy import Policy
+from router_ml.policy import Policy, Rule
 from training.challenge import BEST_SINGLE, CHALLENGER, CHAMPION, CHEAPEST, SHUFFLED, Challenge, Contender, challenge
 from training.challenge_plots import calibration_plot
 from training.challenge_report import as_html, as_json, as_text, log_report, write_report
@@ -201,20 +201,82 @@ def test_a_log_that_never_explored_says_nothing(contest: Contest, both: tuple[Co
 
 
 def test_rows_that_cannot_be_judged_are_counted(contest: Contest, both: tuple[Contender, Contender]) -> None:
+    nth = pl.int_range(pl.len())
     log = contest.log.with_columns(
-        prompt=pl.when(pl.int_range(pl.len()) % 5 == 0).then(None).otherwise("prompt"),
-        messages=pl.when(pl.int_range(pl.len()) % 5 == 0).then(None).otherwise("messages"),
-        model=pl.when(pl.int_range(pl.len()) % 7 == 1).then(pl.lit("gone")).otherwise("model"),
+        prompt=pl.when(nth % 5 == 0).then(None).otherwise("prompt"),
+        messages=pl.when(nth % 5 == 0).then(None).otherwise("messages"),
+        propensity=pl.when(nth % 7 == 1).then(1.0).otherwise("propensity"),
     )
     some = challenge(*both, log, since=contest.log["time"][3000])
     notes = " ".join(some.notes)
-    assert "no text in the log" in notes and "went to models that neither bundle lists" in notes
-    assert some.n < some.considered
+    assert "no text in the log" in notes and "14% of the requests had no model drawn" in notes
+    assert some.n < 0.75 * some.considered and some.quality.identifiable
     with pytest.raises(InputError, match="lack prompts"):
         challenge(
             *both, log.with_columns(prompt=pl.lit(None, pl.String), messages=pl.lit(None, pl.String)),
             since=contest.log["time"][1600],
         )  # fmt: skip
+
+
+def test_a_model_that_the_log_does_not_know_is_out_of_reach(
+    contest: Contest, both: tuple[Contender, Contender]
+) -> None:
+    """The log's candidates are those of a policy that had no pocket-8b; the challenger sends everything there."""
+    gone = "pocket-8b"
+    log = contest.log.filter(pl.col("model") != gone, pl.col("fallback_from").fill_null("") != gone).with_columns(
+        candidates=pl.col("candidates").list.set_difference([gone])
+    )
+    rule = Policy(rules=(Rule(model=gone),))
+    sends = Contender(both[1].router.with_policy(rule), both[1].manifest)
+    found = challenge(both[0], sends, log, since=contest.log["time"][1600], most_rows=300)
+    assert not found.quality.identifiable and "could not have made" in found.quality.why
+    assert gone in found.changes["to"].to_list()
+    # Where the log's policy knew it, its candidates say what excludes it.
+    knew = contest.log.with_columns(candidates=pl.col("candidates").list.set_difference([gone]))
+    assert gone not in challenge(both[0], sends, knew, since=contest.log["time"][1600], most_rows=300).changes["to"]
+
+
+def test_a_retired_model_keeps_its_share_of_the_draw(contest: Contest, both: tuple[Contender, Contender]) -> None:
+    """Rows that went to a model which neither bundle has stay, so that weights average 1."""
+    log = contest.log.with_columns(
+        model=pl.col("model").replace("quill-8x7b", "retired"),
+        candidates=pl.col("candidates").list.eval(pl.element().replace("quill-8x7b", "retired")),
+        fallback_from=pl.col("fallback_from").replace("quill-8x7b", "retired"),
+    )
+    pinned = [
+        Contender(one.router.with_policy(Policy(rules=(Rule(model=model),))), one.manifest)
+        for one, model in zip(both, ("summit-pro", "aurora-4"), strict=True)
+    ]
+    found = challenge(*pinned, log, since=contest.log["time"][1600], most_rows=1500)
+    assert found.n == 1500 and "retired" in found.quality.overlap["model"].to_list()
+    value = found.policies["quality"][CHALLENGER]
+    assert value.identifiable and value.support.mean_weight == pytest.approx(1.0, abs=0.12)
+
+
+def test_a_canary_by_tenant_is_one_draw_a_tenant(contest: Contest) -> None:
+    log = contest.log.head(600).with_columns(cluster=pl.col("tenant"))
+    catalog = Contender.load(contest.challenger).router.catalog
+    assert len(np.unique(logged_of(log, catalog).cluster)) == log["tenant"].n_unique()
+    half = log.with_columns(cluster=pl.when(pl.int_range(pl.len()) < 300).then("cluster"))
+    sessions = log["session"].n_unique() + log["session"].null_count()
+    groups = len(np.unique(logged_of(half, catalog).cluster))
+    assert log["tenant"].n_unique() < groups < sessions
+    for _, rows in half.with_columns(group=logged_of(half, catalog).cluster).drop_nulls("session").group_by("session"):
+        assert rows["group"].n_unique() == 1
+
+
+def test_no_other_row_no_best_single(contest: Contest, both: tuple[Contender, Contender]) -> None:
+    rows, _, _ = held_out(contest.log, both[1].manifest)
+    manifest = dict(both[1].manifest) | {"log_sha256": ""}
+    only = challenge(both[0], Contender(both[1].router, manifest), rows.tail(400))
+    assert only.best_single is None and BEST_SINGLE not in only.policies["quality"]
+    assert "which single model is the best" in only.notes[-1]
+
+
+def test_names_with_dollars_can_be_drawn(contest: Contest, both: tuple[Contender, Contender]) -> None:
+    log = contest.log.with_columns(task=pl.lit("cut$cost_$team"))
+    page = as_html(challenge(*both, log, since=contest.log["time"][1600], most_rows=300))
+    assert "cut$cost_$team" in page
 
 
 def test_the_reports(found: Challenge, tmp_path: Path) -> None:

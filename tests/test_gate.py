@@ -25,7 +25,8 @@ from router_ml.store import Store
 from router_ml.types import Estimate as Expected
 from router_ml.types import RouteRequest
 from training.challenge import Challenge, Contender, challenge
-from training.gate import Limits, Verdict, golden_rows, judge, latency_ratio
+from training.gate import Limits, Verdict, golden_rows, judge
+from training.latency import latency_ratio
 from training.policy_value import Estimate, PolicyValue
 from training.tracking import register_bundle
 
@@ -66,9 +67,11 @@ def test_all_hold_within_wide_margins(found: Challenge, both: tuple[Contender, C
     assert passed.passed and not failed(passed)
     names = passed.to_frame()["name"].to_list()
     assert names == [
-        "rows", "fresh log", "quality", "slices", "calibration", "models' calibration", "latency", "golden rows",
+        "outcomes", "clusters", "fresh log", "quality", "slices", "calibration", "models' calibration", "latency",
+        "golden rows",
     ]  # fmt: skip
-    assert passed.to_json()["conditions"]["rows"] == {"holds": True, "value": 1500}
+    assert passed.to_json()["conditions"]["outcomes"] == {"holds": True, "value": found.outcomes}
+    assert 700 < found.outcomes < found.n == 1500
 
 
 def test_quality_is_held_by_its_lower_bound(
@@ -84,6 +87,9 @@ def test_quality_is_held_by_its_lower_bound(
     assert needed and int(needed[1].replace(",", "")) == pytest.approx(1500 * (0.05 * 1.4294 / 0.02) ** 2, rel=0.05)
     hopeless = verdict(replace(found, quality=at(found.quality, -0.1, -0.05, 0.0)), both, contest, limits).failed
     assert "estimated below that" in hopeless[0].says
+    some = replace(found.quality, support=replace(found.quality.support, unsupported_mass=0.009))
+    beyond = replace(found, quality=at(some, -0.015, 0.0, 0.02))
+    assert failed(verdict(beyond, both, contest, limits)) == ["quality"], "what is guessed may be worth 1 less"
     mute = replace(found.quality, identifiable=False, estimates={}, why="not identifiable: nothing was drawn")
     (said,) = verdict(replace(found, quality=mute), both, contest, limits).failed
     assert said.name == "quality" and said.value is None and "nothing was drawn" in said.says
@@ -103,6 +109,12 @@ def test_no_slice_may_be_worse_than_its_own_margin(
     assert failed(verdict(with_slice(-0.11, 0.05, 900), both, contest, limits)) == ["slices"]
     assert not failed(verdict(with_slice(-0.09, 0.05, 900), both, contest, limits))
     assert not failed(verdict(with_slice(-0.5, 0.05, 90), both, contest, limits)), "a small one cannot show more"
+    named = replace(limits, slices={name: 0.1})
+    assert failed(verdict(with_slice(-0.5, 0.05, 90), both, contest, named)) == ["slices"], "but a named one has to"
+    absent = verdict(with_slice(0.0, 0.05, 900), both, contest, replace(limits, slices={f"{key[0]}=none such": 0.1}))
+    assert failed(absent) == ["slices"] and "too few judged requests" in absent.failed[0].says
+    with pytest.raises(InputError, match="there is no slice 'tsak=code'"):
+        verdict(found, both, contest, replace(limits, slices={"tsak=code": 0.0}))
     small = verdict(with_slice(-0.5, -0.11, 90), both, contest, limits)
     assert failed(small) == ["slices"] and name in small.failed[0].says and "upper bound" in small.failed[0].says
     own = replace(limits, slices={name: 0.02})
@@ -132,13 +144,30 @@ def test_calibration_has_to_hold(found: Challenge, both: tuple[Contender, Conten
 
 
 def test_cost_rows_age_and_history(found: Challenge, both: tuple[Contender, Contender], contest: Contest) -> None:
-    today = found.policies["cost_usd"]["champion"].headline
-    assert today is not None
-    dear = replace(found, cost_usd=at(found.cost_usd, 0.0, 0.05 * today.value, 0.11 * today.value))
-    assert failed(verdict(dear, both, contest, replace(WIDE, cost=0.1))) == ["cost"]
-    assert not failed(verdict(dear, both, contest, replace(WIDE, cost=0.12)))
-    assert not failed(verdict(dear, both, contest))
-    assert failed(verdict(found, both, contest, replace(WIDE, rows=1501))) == ["rows"]
+
+    def costs(old: float, new: float, error: float) -> Challenge:
+        values = found.policies["cost_usd"]
+        priced = {
+            name: replace(values[name], estimates={"dr": Estimate(v, v - 2 * error, v + 2 * error, error)})
+            for name, v in (("champion", old), ("challenger", new))
+        }
+        change = replace(
+            found.cost_usd, estimates={"dr": Estimate(new - old, new - old - 2 * error, new - old + 2 * error, error)}
+        )
+        return replace(found, cost_usd=change, policies=dict(found.policies) | {"cost_usd": dict(values) | priced})
+
+    assert failed(verdict(costs(1.0, 1.05, 0.04), both, contest, replace(WIDE, cost=0.1))) == ["cost"]
+    assert not failed(verdict(costs(1.0, 1.05, 0.01), both, contest, replace(WIDE, cost=0.1)))
+    assert not failed(verdict(costs(1.0, 9.0, 0.04), both, contest)), "no limit was given"
+    free = verdict(costs(0.0, 0.01, 0.001), both, contest, replace(WIDE, cost=0.1))
+    assert failed(free) == ["cost"] and "USD a request and may" in free.failed[0].says
+    assert failed(verdict(costs(-0.0001, 0.01, 0.001), both, contest, replace(WIDE, cost=0.1))) == ["cost"]
+    assert not failed(verdict(costs(1.0, 0.5, 0.01), both, contest, replace(WIDE, cost=-0.4))), "a promised saving"
+    assert failed(verdict(found, both, contest, replace(WIDE, rows=found.outcomes + 1))) == ["outcomes"]
+    few = replace(found, quality=replace(found.quality, clusters=39))
+    assert failed(verdict(few, both, contest)) == ["clusters"]
+    future = verdict(found, both, contest, now=found.newest - timedelta(days=2))
+    assert failed(future) == ["fresh log"] and "is to come" in future.failed[0].says
     old = verdict(found, both, contest, now=found.newest + timedelta(days=31))
     assert failed(old) == ["fresh log"] and "31.0 days old, 30 are allowed" in old.failed[0].says
     back = verdict(found, both, contest, rolled_back="answers got worse")
@@ -181,6 +210,9 @@ def test_latency_is_the_ratio_here_and_now(
     router = both[0].router
     assert 0.6 < latency_ratio(router, router) < 1.6
     slow: Router = replace(router, estimator=Slowly(router.estimator, 0.002))
+    deaf = router.with_policy(Policy(default_data_class="secret"))
+    refused = judge(found, deaf, router, bundle=contest.challenger, limits=WIDE, now=found.newest)
+    assert failed(refused) == ["latency"] and "no request to measure it with" in refused.failed[0].says
     assert latency_ratio(router, slow) > 3 and latency_ratio(slow, router) < 0.33
     of = judge(found, router, slow, bundle=contest.challenger, limits=WIDE, now=found.newest)
     assert failed(of) == ["latency"] and "times as long" in of.failed[0].says

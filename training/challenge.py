@@ -18,6 +18,7 @@ from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.policy import Policy
 from router_ml.router import Router
+from router_ml.types import ModelCard
 from training.challenge_plots import frontier_plot
 from training.changes import changed_for, changed_models
 from training.dials import seen_of_log, sequence
@@ -28,6 +29,7 @@ from training.ope import PolicyValue, SliceValues, evaluate_policies, evaluate_s
 from training.promises import calibration_by_model, promise_of
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 from training.slices import SLICES
+from training.support import CERTAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,12 +82,15 @@ class Challenge:
     `promise` is how each one's probabilities hold where it acts on them, `calibration` by model where the log asked it.
     `frontier` has a row per contender and setting of its dial, and one per single model; `changes` a row per pair of
     models between which requests would move, `who` one per task and tenant; `changed` is the share of requests that
-    would. `best_single` is that model.
+    would. `best_single` is that model, None where no other row tells. `policies_in_force` are the versions of the
+    policies that champion and challenger were judged under.
     """
 
     champion: str
     challenger: str
+    policies_in_force: tuple[str, str]
     n: int
+    outcomes: int
     considered: int
     oldest: datetime
     newest: datetime
@@ -100,7 +105,7 @@ class Challenge:
     changes: pl.DataFrame
     who: pl.DataFrame
     changed: float
-    best_single: str
+    best_single: str | None
     notes: tuple[str, ...]
 
     def to_frame(self) -> pl.DataFrame:
@@ -133,30 +138,31 @@ def challenge(
     """Judges two bundles on the newest rows of a log that neither has learnt from, off-policy (`training.ope`).
 
     `since` takes later rows only, `most_rows` the newest of them. `cluster` is the column whose values are independent
-    of each other. The best single model is the one that was best in the log's other rows. Rows without a text, and
-    rows whose model neither catalogue lists, are left out and counted in `notes`. Raises InputError where no row is
-    left, or where it cannot be known what a bundle has learnt from.
+    of each other. The best single model is the one that was best in the log's other rows. Rows without a text are left
+    out, and so are those whose model was not drawn (later turns of sessions, pinned ones) where others' was: what is
+    found then holds for requests whose model is drawn. `notes` counts them. Raises InputError where no row is left, or
+    where it cannot be known what a bundle has learnt from.
     """
-    catalog = _union(challenger.router.catalog, champion.router.catalog)
     rows, others, how = _judged(champion, challenger, log, since)
     considered = rows["request_id"].n_unique()
-    rows, notes = _usable(one_row_a_request(rows), catalog, most_rows)
+    rows, notes = _usable(one_row_a_request(rows), most_rows)
+    catalog = _axis(challenger.router.catalog, champion.router.catalog, rows)
     notes = (f"judged on {how}", *notes)
     logged = logged_of(rows.with_columns(cost_column(catalog)), catalog, cluster=cluster)
     old, new = (decided(one.router, rows, catalog) for one in (champion, challenger))
-    ranking = ranked_models(others if others.height else rows, catalog)
-    if others.is_empty():
-        notes += ("no row is left to find the best single model on: the judged ones are taken, which flatters it",)
-    targets = {
-        CHAMPION: old.target, CHALLENGER: new.target, CHEAPEST: always_cheapest(new),
-        BEST_SINGLE: always_one(new, ranking), SHUFFLED: shuffled(new),
-    }  # fmt: skip
+    ranking = ranked_models(others, challenger.router.catalog)
+    if not ranking:
+        notes += ("no other row of the log tells which single model is the best",)
+    targets = {CHAMPION: old.target, CHALLENGER: new.target, CHEAPEST: always_cheapest(new), SHUFFLED: shuffled(new)}
+    if ranking:
+        targets[BEST_SINGLE] = always_one(new, ranking)
     points = {**_dialled(CHAMPION, champion, rows, catalog), **_dialled(CHALLENGER, challenger, rows, catalog)}
-    singles = {_Point("always", model=model): always_one(new, [model, *ranking]) for model in catalog.ids}
+    for model in challenger.router.catalog.ids:
+        points[_Point("always", model=model)] = always_one(new, [model, *ranking])
     options: dict[str, Any] = {"confidence": confidence, "seed": seed, "predictions": new.predictions}
+    every: dict[Any, Array] = {**targets, **points}
     found: dict[str, dict[Any, PolicyValue]] = {
-        metric: evaluate_policies(logged, targets | points | singles, metric=metric, **options)  # type: ignore[operator]
-        for metric in METRICS
+        metric: evaluate_policies(logged, every, metric=metric, **options) for metric in METRICS
     }
     change = {
         metric: evaluate_policies(logged, {"": new.target}, baseline=old.target, metric=metric, **options)[""]
@@ -166,7 +172,9 @@ def challenge(
     slices = evaluate_slices(logged, new.target, by=present, baseline=old.target, **options)
     both = {CHAMPION: (champion, old), CHALLENGER: (challenger, new)}
     return Challenge(
-        champion=champion.version, challenger=challenger.version, n=len(rows), considered=considered,
+        champion=champion.version, challenger=challenger.version,
+        policies_in_force=(champion.router.policy.version, challenger.router.policy.version),
+        n=len(rows), outcomes=int((~np.isnan(logged.metrics["quality"])).sum()), considered=considered,
         oldest=rows["time"].min(), newest=rows["time"].max(), confidence=confidence,  # type: ignore[arg-type]
         quality=change["quality"], cost_usd=change["cost_usd"], slices=slices,
         policies={metric: {name: values[name] for name in targets} for metric, values in found.items()},
@@ -175,18 +183,26 @@ def challenge(
             for name, (one, of) in both.items()
         },
         calibration=_calibration(logged, both, confidence, seed),
-        frontier=_frontier(found, [*points, *singles]),
+        frontier=_frontier(found, list(points)),
         changes=changed_models(logged, old, new, options),
         who=changed_for(logged, old, new),
         changed=float((old.choice != new.choice).mean()),
-        best_single=ranking[0],
+        best_single=ranking[0] if ranking else None,
         notes=notes,
     )  # fmt: skip
 
 
-def _union(first: Catalog, second: Catalog) -> Catalog:
-    cards = {card.id: card for card in (*second, *first)}
-    return Catalog(tuple(replace(card, sibling=None) for card in cards.values()))
+def _axis(first: Catalog, second: Catalog, rows: pl.DataFrame) -> Catalog:
+    """Both catalogues, and what else the log's policy could choose: weights are right only where all of it is there."""
+    cards = {card.id: replace(card, sibling=None) for card in (*second, *first)}
+    listed = rows["candidates"].explode().drop_nulls()
+    for model in pl.concat([rows.select(pl.coalesce("fallback_from", "model")).to_series(), listed]).unique().sort():
+        if model not in cards:  # neither would choose it, so its prices are never asked for
+            cards[model] = ModelCard(
+                id=model, provider="unknown", tier="hosted-open", input_usd_per_mtok=0.0, output_usd_per_mtok=0.0,
+                context_window=1,
+            )  # fmt: skip
+    return Catalog(tuple(cards.values()))
 
 
 def _judged(
@@ -204,24 +220,23 @@ def _judged(
     return both, others, how if how == of_champion else f"{how}; and, for the champion, {of_champion}"
 
 
-def _usable(rows: pl.DataFrame, catalog: Catalog, most: int) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """The newest rows that have a text and a known model, and what was left out."""
+def _usable(rows: pl.DataFrame, most: int) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """The newest rows that have a text and, if any has, a model that was drawn; and what was left out."""
     notes = []
     kept = rows.filter(pl.col("prompt").is_not_null() | pl.col("messages").is_not_null())
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept):,} requests have no text in the log and could not be routed again")
-    listed = kept.filter(pl.coalesce("fallback_from", "model").is_in(catalog.ids))
-    if len(listed) < len(kept):
-        notes.append(f"{len(kept) - len(listed):,} requests went to models that neither bundle lists")
-    if listed.is_empty():
-        raise InputError(
-            "none of the log's newest rows can be judged on: they lack prompts, or their models are in neither "
-            "bundle's catalogue"
-        )
-    if len(listed) > most:
-        notes.append(f"of {len(listed):,} requests the newest {most:,} were taken")
-        listed = listed.sort("time").tail(most)
-    return listed, tuple(notes)
+    if kept.is_empty():
+        raise InputError("none of the log's newest rows can be judged on: they lack prompts; log them")
+    drawn = kept.filter(pl.col("propensity").is_null() | (pl.col("propensity") < CERTAIN))
+    if 0 < len(drawn) < len(kept):
+        share = 1.0 - len(drawn) / len(kept)
+        notes.append(f"{share:.0%} of the requests had no model drawn (later turns, pinned ones) and are not judged")
+        kept = drawn
+    if len(kept) > most:
+        notes.append(f"of {len(kept):,} requests the newest {most:,} were taken")
+        kept = kept.sort("time").tail(most)
+    return kept, tuple(notes)
 
 
 def _dialled(name: str, contender: Contender, rows: pl.DataFrame, catalog: Catalog) -> dict[_Point, Array]:

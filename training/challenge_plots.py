@@ -43,7 +43,7 @@ def frontier_plot(frontier: pl.DataFrame, policies: pl.DataFrame, confidence: fl
         axes.errorbar(row["cost_usd"] * per, row["quality"], yerr=spread, fmt="o", color="tab:gray", alpha=0.6)
         axes.annotate(
             row["model"], (row["cost_usd"] * per, row["quality"]), fontsize=7, xytext=(4, -8),
-            textcoords="offset points",
+            textcoords="offset points", parse_math=False,
         )  # fmt: skip
     if not axes.has_data():
         axes.text(0.5, 0.5, "not identifiable", ha="center", transform=axes.transAxes)
@@ -70,6 +70,7 @@ def calibration_plot(calibration: pl.DataFrame) -> Figure:
                 axes.plot([row["low"], row["high"]], [y, y], color=color)
             axes.plot(row["residual"], y, "o", color=color)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(yticks=range(len(models)), yticklabels=models, ylim=(max(len(models), 1) - 0.5, -0.5))
+    axes.set_yticks(range(len(models)), models, parse_math=False)  # a name may hold a $
+    axes.set_ylim(max(len(models), 1) - 0.5, -0.5)
     axes.set_xlabel("observed less promised success (champion blue, challenger orange)")
     return figure

@@ -16,7 +16,7 @@ import polars as pl
 
 from router_ml.errors import RegistryError
 from router_ml.registry import ModelVersion, connect, reported
-from training.challenge import Challenge
+from training.challenge import BEST_SINGLE, Challenge
 from training.challenge_plots import calibration_plot
 from training.gate import Verdict
 from training.policy_value import Estimate, PolicyValue
@@ -34,8 +34,9 @@ def as_text(challenge: Challenge, verdict: Verdict | None = None) -> str:
     c = challenge
     lines = [
         f"challenger {c.challenger} against champion {c.champion}",
-        f"  {c.n:,} of {c.considered:,} requests, {c.oldest:%Y-%m-%d %H:%M} to {c.newest:%Y-%m-%d %H:%M} UTC; "
-        f"{c.confidence:.0%} intervals, doubly robust",
+        f"  {c.n:,} of {c.considered:,} requests ({c.outcomes:,} outcomes), {c.oldest:%Y-%m-%d %H:%M} to "
+        f"{c.newest:%Y-%m-%d %H:%M} UTC; {c.confidence:.0%} intervals, doubly robust",
+        f"  under policy {' and '.join(dict.fromkeys(c.policies_in_force))}",
         *(f"  note: {note}" for note in (*c.notes, *c.quality.warnings)),
         f"  quality  {_said(c.quality, '+.4f')}",
         f"  cost     {_said(c.cost_usd, '+.3g')} USD a request",
@@ -85,6 +86,8 @@ def as_json(challenge: Challenge, verdict: Verdict | None = None) -> dict[str, A
     frames = ("calibration", "frontier", "changes", "who")
     return {
         "champion": c.champion, "challenger": c.challenger, "n": c.n, "considered": c.considered,
+        "outcomes": c.outcomes,
+        "policies_in_force": list(c.policies_in_force),
         "oldest": c.oldest.isoformat(), "newest": c.newest.isoformat(), "confidence": c.confidence,
         "changed": c.changed, "best_single": c.best_single, "notes": list(c.notes),
         "quality": _value_json(c.quality), "cost_usd": _value_json(c.cost_usd),
@@ -158,7 +161,7 @@ def log_report(uri: str, version: ModelVersion, challenge: Challenge, verdict: V
 
 
 def _named(name: str, challenge: Challenge) -> str:
-    return f"{name} ({challenge.best_single})" if name == "best single" else name
+    return f"{name} ({challenge.best_single})" if name == BEST_SINGLE else name
 
 
 def _said(value: PolicyValue, form: str) -> str:

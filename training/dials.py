@@ -17,6 +17,7 @@ from router_ml.policy import Policy
 from router_ml.quality import LearnedEstimator
 from router_ml.router import Router
 from router_ml.types import RouteRequest
+from training.candidates import allowed_models
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -130,11 +131,11 @@ def seen_of_log(router: Router, rows: pl.DataFrame) -> tuple[Seen, BoolArray]:
     has_text = rows.select(pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()).to_series().to_numpy()
     if not has_text.any():
         raise InputError("none of the rows has a prompt or messages: log prompts, or give the store with --store")
-    for prompt, messages, tools, task, tenant, key, candidates in rows.select(
-        *texts, "task", "tenant", "key", "candidates"
-    ).iter_rows():
+    may = allowed_models(rows, router.catalog.ids)
+    for named, (prompt, messages, tools, task, tenant, key) in zip(
+        may, rows.select(*texts, "task", "tenant", "key").iter_rows(), strict=True
+    ):
         request = request_of_log_row(prompt, messages, tools)
-        named = None if candidates is None else tuple(candidates)
         requests.append(replace(request, task=task, tenant=tenant, key=key, candidates=named))
     return seen_of_requests(router, requests, has_text)
 

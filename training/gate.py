@@ -5,26 +5,28 @@ Nothing is taken on trust: where the log cannot show that a condition holds, it 
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from features import golden
 from features.load import GOLDEN, load_estimator
 from router_ml.bundle import read_bundle
-from router_ml.errors import BundleError, InputError, NoEligibleModelError
+from router_ml.errors import BundleError, InputError
 from router_ml.router import Router
-from router_ml.types import Message, RouteRequest
-from training.challenge import Challenge
+from router_ml.types import RouteRequest
+from training.challenge import CHALLENGER, CHAMPION, Challenge
+from training.latency import latency_ratio
 from training.promises import LEAST_OUTCOMES
+from training.slices import SLICES
+from training.support import FEW_CLUSTERS
 
-BLOCKS, REQUESTS = 15, 60
 POWER_Z = 0.8416  # how many rows show it in four cases of five
 
 
@@ -33,12 +35,13 @@ class Limits:
     """What a promotion asks for. Raises InputError for a number out of its range.
 
     `quality`: how far below 0 the lower bound of the quality change may lie. `slice`: the same for each slice, with
-    `slices` for single ones by "task=code" or all of a column by "task"; a slice of fewer than `slice_rows` requests
-    can hardly show anything, and only may not be shown to be worse. `cost`: how far the upper bound of the cost change
+    `slices` for single ones by "task=code" or all of a column by "task". One of fewer than `slice_rows` requests can
+    hardly show anything: unless it is named, it only may not be shown to be worse. `cost`: how far the upper bound of the cost change
     may lie above 0, as a share of the champion's cost (None: any). `calibration`: how much less than promised may come,
     by the lower bound of the router's own decisions; a model may not be shown to fall short by more than twice that.
     `latency`: the challenger's time for a decision as a multiple of the champion's. `fresh_days`: the age of the
-    newest judged request. `rows`: how many requests have to be judged.
+    newest judged request. `rows`: how many judged requests have to have an outcome. `clusters`: how many independent
+    groups of them there have to be.
     """
 
     quality: float = 0.02
@@ -50,16 +53,20 @@ class Limits:
     latency: float = 1.5
     fresh_days: float = 30.0
     rows: int = 500
+    clusters: int = FEW_CLUSTERS
 
     def __post_init__(self) -> None:
         for name in ("quality", "slice", "calibration"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"the margin of {name} has to lie in [0, 1], not {getattr(self, name)}")
+        for name in ("latency", "fresh_days", "rows", "clusters"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise InputError(f"the limit of {name} has to be above 0, not {getattr(self, name)}")
+        if self.cost is not None and not -1.0 <= self.cost < math.inf:
+            raise InputError(f"the limit of the cost change has to be a share of -1 or more, not {self.cost}")
         for name, margin in self.slices.items():
             if not 0.0 <= margin <= 1.0:
                 raise InputError(f"the margin of slice {name} has to lie in [0, 1], not {margin}")
-        if self.latency <= 0.0 or self.fresh_days <= 0.0 or self.rows < 1:
-            raise InputError("the limits of latency, age and rows have to be above 0")
 
     def of_slice(self, by: str, name: str) -> float:
         """The margin of one slice."""
@@ -104,8 +111,13 @@ class Verdict:
         """What is kept with a version: whether it passed, and each condition's number."""
         return {
             "passed": self.passed,
-            "conditions": {c.name: {"holds": c.holds, "value": c.value} for c in self.conditions},
+            "conditions": {c.name: {"holds": c.holds, "value": _finite(c.value)} for c in self.conditions},
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no infinity."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def judge(
@@ -126,15 +138,20 @@ def judge(
     """
     limits = limits or Limits()
     conditions = [
-        _rows(challenge, limits), _fresh(challenge, limits, now or datetime.now(UTC)), _quality(challenge, limits),
+        *_rows(challenge, limits), _fresh(challenge, limits, now or datetime.now(UTC)), _quality(challenge, limits),
         _slices(challenge, limits), _calibration(challenge, limits), _models(challenge, limits),
         _latency(champion, challenger, limits, requests), golden_rows(bundle),
     ]  # fmt: skip
     if limits.cost is not None:
-        conditions.insert(4, _cost(challenge, limits.cost))
+        conditions.insert(5, _cost(challenge, limits.cost))
     if rolled_back is not None:
-        conditions.append(Condition("not rolled back", False, None, None, f"it was rolled back before: {rolled_back}"))
+        conditions.append(taken_back(rolled_back))
     return Verdict(tuple(conditions))
+
+
+def taken_back(reason: str) -> Condition:
+    """The condition that a bundle which was rolled back for this reason fails."""
+    return Condition("not rolled back", False, None, None, f"it was rolled back before: {reason}")
 
 
 def golden_rows(bundle: str | Path) -> Condition:
@@ -148,52 +165,22 @@ def golden_rows(bundle: str | Path) -> Condition:
     return Condition("golden rows", True, largest, golden.TOLERANCE, said)
 
 
-def latency_ratio(champion: Router, challenger: Router, requests: Sequence[RouteRequest] | None = None) -> float:
-    """The challenger's median time for a decision by the champion's, on this machine now.
-
-    Both decide the same requests in turns, block by block, and the median of the blocks' ratios is taken: what slows
-    the machine down slows both.
-    """
-    asked = list(requests or ())[:REQUESTS]
-    if not asked:
-        asked = [RouteRequest(messages=tuple(Message(*turn) for turn in turns)) for turns in golden.CONVERSATIONS]
-    asked = [request for request in asked if _decides(champion, request) and _decides(challenger, request)]
-    if not asked:
-        raise InputError("neither bundle can decide the requests that latency is measured with")
-    ratios = []
-    for block in range(BLOCKS):
-        order = (champion, challenger) if block % 2 else (challenger, champion)
-        took = {id(router): _median_ns(router, asked) for router in order}
-        ratios.append(took[id(challenger)] / took[id(champion)])
-    return float(np.median(ratios))
-
-
-def _decides(router: Router, request: RouteRequest) -> bool:
-    try:
-        router.decide(request)
-    except NoEligibleModelError:
-        return False
-    return True
-
-
-def _median_ns(router: Router, requests: Sequence[RouteRequest]) -> float:
-    took = []
-    for request in requests:
-        begun = time.perf_counter_ns()
-        router.decide(request)
-        took.append(time.perf_counter_ns() - begun)
-    return float(np.median(took))
-
-
-def _rows(challenge: Challenge, limits: Limits) -> Condition:
-    said = f"{challenge.n:,} requests were judged, {limits.rows:,} are asked for"
-    return Condition("rows", challenge.n >= limits.rows, challenge.n, limits.rows, said)
+def _rows(challenge: Challenge, limits: Limits) -> tuple[Condition, Condition]:
+    n, clusters = challenge.outcomes, challenge.quality.clusters
+    rows = f"{n:,} of the {challenge.n:,} judged requests have an outcome, {limits.rows:,} are asked for"
+    groups = f"they are {clusters:,} independent groups (sessions), {limits.clusters:,} are asked for"
+    return (
+        Condition("outcomes", n >= limits.rows, n, limits.rows, rows),
+        Condition("clusters", clusters >= limits.clusters, clusters, limits.clusters, groups),
+    )
 
 
 def _fresh(challenge: Challenge, limits: Limits, now: datetime) -> Condition:
     days = (now - challenge.newest).total_seconds() / 86_400
     said = f"the newest judged request is {days:.1f} days old, {limits.fresh_days:g} are allowed"
-    return Condition("fresh log", days <= limits.fresh_days, days, limits.fresh_days, said)
+    if days < -1.0:
+        said = f"the newest judged request is dated {challenge.newest:%Y-%m-%d %H:%M}, which is to come: mend its time"
+    return Condition("fresh log", -1.0 <= days <= limits.fresh_days, days, limits.fresh_days, said)
 
 
 def _quality(challenge: Challenge, limits: Limits) -> Condition:
@@ -223,10 +210,20 @@ def _needed(n: int, value: float, low: float, margin: float) -> str:
 
 def _slices(challenge: Challenge, limits: Limits) -> Condition:
     """The slice that is furthest below its margin, by its lower bound, or for a small one by its upper bound."""
+    values = challenge.slices.values
+    columns = sorted({by for by, _ in values})
     worst: tuple[float, str, float] | None = None
     failed = []
-    for (by, name), value in challenge.slices.values.items():
-        margin, large = limits.of_slice(by, name), value.n >= limits.slice_rows
+    for name in limits.slices:
+        by, _, of = name.partition("=")
+        if by not in SLICES:
+            raise InputError(f"there is no slice {name!r}: name one of {', '.join(SLICES)}, or a value as in task=code")
+        if of and (by, of) not in values:
+            known = ", ".join(v for column, v in values if column == by) or "none"
+            failed.append(f"{name}: it has too few judged requests to be held to a margin (enough have: {known})")
+    for (by, name), value in values.items():
+        margin = limits.of_slice(by, name)
+        large = value.n >= limits.slice_rows or f"{by}={name}" in limits.slices
         if value.headline is None:
             if large:
                 failed.append(f"{by}={name}: {value.why}")
@@ -237,20 +234,33 @@ def _slices(challenge: Challenge, limits: Limits) -> Condition:
             failed.append(f"{said}, the {'lower' if large else 'upper'} bound has to be {-margin:+g} or more")
         if worst is None or bound + margin < worst[0]:
             worst = bound + margin, said, bound
-    if not challenge.slices.values:
+    if failed:
+        return Condition("slices", False, worst[2] if worst else None, -limits.slice, "; ".join(failed))
+    if worst is None:
         return Condition("slices", True, None, None, "no slice has enough requests to be judged by itself")
-    count = len(challenge.slices.values)
-    said = "; ".join(failed) if failed else f"of {count} the nearest to its margin is {worst[1] if worst else 'none'}"
-    return Condition("slices", not failed, worst[2] if worst else None, -limits.slice, said)
+    said = f"of {len(values)} (by {', '.join(columns)}) the nearest to its margin is {worst[1]}"
+    return Condition("slices", True, worst[2], -limits.slice, said)
 
 
 def _cost(challenge: Challenge, limit: float) -> Condition:
-    found, today = challenge.cost_usd, challenge.policies["cost_usd"]["champion"].headline
-    if found.headline is None or today is None:
-        return Condition("cost", False, None, limit, found.why or "the champion's cost is not identifiable")
-    value, high = found.headline.value / today.value, found.headline.high / today.value
-    said = f"cost changes by {value:+.1%}, at most {high:+.1%}, and may by {limit:+.0%}"
-    return Condition("cost", high <= limit, high, limit, said)
+    """Whether new - (1 + limit) x old is at most 0 by its upper bound; the three errors known give the covariance."""
+    found = challenge.cost_usd
+    old, new = (challenge.policies["cost_usd"][name].headline for name in (CHAMPION, CHALLENGER))
+    if found.headline is None or old is None or new is None:
+        return Condition("cost", False, None, limit, found.why or "the cost is not identifiable")
+    grown = 1.0 + limit
+    covariance = (new.se**2 + old.se**2 - found.headline.se**2) / 2.0
+    error = math.sqrt(max(new.se**2 + grown**2 * old.se**2 - 2.0 * grown * covariance, 0.0))
+    z = NormalDist().inv_cdf(0.5 + challenge.confidence / 2.0)
+    high = found.headline.value + old.value - grown * old.value
+    # As far out as the bootstrap says, which knows the skewness.
+    wide = (found.headline.high - found.headline.value) / max(z * found.headline.se, 1e-300)
+    high += z * error * (max(wide, 1.0) if math.isfinite(wide) else math.inf)
+    said = f"cost changes by {found.headline.value:+.3g} USD a request"
+    if old.value > 0.0:
+        said += f", {found.headline.value / old.value:+.1%},"
+    said += f" and may by {limit:+.0%}: the bound is {abs(high):.2g} USD {'above' if high > 0 else 'below'} that"
+    return Condition("cost", high <= 0.0, high, 0.0, said)
 
 
 def _calibration(challenge: Challenge, limits: Limits) -> Condition:
@@ -286,5 +296,8 @@ def _latency(
     champion: Router, challenger: Router, limits: Limits, requests: Sequence[RouteRequest] | None
 ) -> Condition:
     ratio = latency_ratio(champion, challenger, requests)
+    if math.isnan(ratio):
+        said = "there is no request to measure it with that both bundles may decide"
+        return Condition("latency", False, None, limits.latency, said)
     said = f"a decision takes {ratio:.2f} times as long as the champion's here, {limits.latency:g} is allowed"
     return Condition("latency", ratio <= limits.latency, ratio, limits.latency, said)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from router_ml.canary import probability
 from router_ml.catalog import Catalog
@@ -16,6 +18,7 @@ from router_ml.conversation import request_of_log_row
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.router import Router
 from router_ml.types import RouteRequest
+from training.candidates import allowed_models
 from training.dataset import FAILURES
 from training.slices import context_of, slices_of
 
@@ -94,8 +97,9 @@ def logged_of(
     """The decisions of a log (`LOG_SCHEMA`, one row a request: see `one_row_a_request`) as arrays.
 
     `cluster` is the column whose values are taken to be independent of each other, "session" or "tenant"; a row
-    without one stands alone. `metrics` are columns of numbers. A call that failed for good has the quality
-    `failed_quality` (None: not known), for its user got nothing; what a fallback answered counts for the policy's
+    without one stands alone. Rows that the log's column `cluster` puts together (what a canary drew as one) stay
+    together, whatever else they have in common. `metrics` are columns of numbers. A call that failed for good has the
+    quality `failed_quality` (None: not known), for its user got nothing; what a fallback answered counts for the policy's
     choice. Raises InputError for an empty log, several rows a request, a missing column, and a model that the
     catalogue does not list.
     """
@@ -121,13 +125,6 @@ def logged_of(
         if name == "quality" and failed_quality is not None:
             column = pl.when(column.is_null() & pl.col("status").is_in(FAILURES)).then(failed_quality).otherwise(column)
         values[name] = log.select(column.fill_null(np.nan)).to_series().to_numpy().copy()
-    group = log.select(
-        pl.when(pl.col(cluster).is_null())
-        .then(pl.format("row {}", pl.int_range(pl.len())))
-        .otherwise(pl.format("is {}", cluster))
-        .rank("dense")
-        .cast(pl.Int64)
-    ).to_series()
     slices = slices_of(log)
     tokens = log["input_tokens"].cast(pl.Float64).fill_null(np.nan).to_numpy()
     return Logged(
@@ -136,11 +133,29 @@ def logged_of(
         values,
         log["propensity"].cast(pl.Float64).fill_null(np.nan).to_numpy().copy(),
         eligible,
-        group.to_numpy().copy(),
+        _clusters(log, cluster),
         log["time"],
         slices,
         context_of(slices, tokens),
     )
+
+
+def _clusters(log: pl.DataFrame, column: str) -> IntArray:
+    """Numbers of the groups that rows form by sharing a value of `column`, or of the log's own `cluster`; int64 [n]."""
+    n = len(log)
+    names = [column, *(["cluster"] if "cluster" in log.columns and column != "cluster" else [])]
+    at, to, nodes = [], [], n
+    for name in names:
+        known = log.select(pl.col(name).is_not_null()).to_series().to_numpy()
+        code = log[name].rank("dense").fill_null(0).to_numpy().astype(np.int64)
+        at.append(np.flatnonzero(known))
+        to.append(nodes + code[known])
+        nodes += int(code.max(initial=0)) + 1
+    one, other = np.concatenate(at), np.concatenate(to)
+    edges = csr_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(nodes, nodes))
+    _, group = connected_components(edges, directed=False)
+    _, found = np.unique(group[:n], return_inverse=True)
+    return found.astype(np.int64)
 
 
 def _eligible(log: pl.DataFrame, catalog: Catalog) -> BoolArray:
@@ -150,15 +165,20 @@ def _eligible(log: pl.DataFrame, catalog: Catalog) -> BoolArray:
     return np.stack(columns, axis=1).astype(bool)
 
 
-def requests_of(log: pl.DataFrame, **dial: Any) -> list[RouteRequest]:
+def requests_of(log: pl.DataFrame, models: Sequence[str] | None = None, **dial: Any) -> list[RouteRequest]:
     """The requests of a log's rows with what the log knows of each; `dial` sets further fields (`tier="premium"`).
 
-    A column `tier` of the log is taken, where there is one. Rows without a prompt are requests without text.
+    `models` are those of the router that they are for (`candidates.allowed_models`); without, a row's candidates are
+    taken as they are. A column `tier` of the log is taken, where there is one. Rows without a prompt are requests
+    without text.
     """
-    names = ["tenant", "key", "task", "candidates", *(["tier"] if "tier" in log.columns and "tier" not in dial else [])]
+    names = ["tenant", "key", "task", *(["tier"] if "tier" in log.columns and "tier" not in dial else [])]
+    may: Any = log["candidates"] if models is None else allowed_models(log, models)
     made = []
-    for prompt, messages, tools, *rest in log.select("prompt", "messages", "tools", *names).iter_rows():
-        known = dict(zip(names, rest, strict=True)) | dial
+    for candidates, (prompt, messages, tools, *rest) in zip(
+        may, log.select("prompt", "messages", "tools", *names).iter_rows(), strict=True
+    ):
+        known = dict(zip(names, rest, strict=True)) | {"candidates": candidates} | dial
         if known["candidates"] is not None:
             known["candidates"] = tuple(known["candidates"])
         made.append(replace(request_of_log_row(prompt, messages, tools), **known))
@@ -209,7 +229,7 @@ def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, *
     known = [model for model in router.catalog.ids if model in catalog]
     here = [catalog.index[model] for model in known]
     there = [router.catalog.index[model] for model in known]
-    for row, request in enumerate(requests_of(log, **dial)):
+    for row, request in enumerate(requests_of(log, router.catalog.ids, **dial)):
         try:
             decision, estimate = greedy.decide_with_estimate(request)
         except NoEligibleModelError:

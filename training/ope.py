@@ -279,7 +279,10 @@ def _value(rows: _Rows, look: _Look) -> PolicyValue:
     share = 1.0 - support.unsupported_mass
     nothing = PolicyValue(
         metric=rows.metric, n=n, clusters=clusters, paired=paired, confidence=look.confidence, interval=look.interval,
-        identifiable=False, why=why_not_identifiable(support, share, parts.weight, parts.change, rows.unclipped, seen),
+        identifiable=False,
+        why=why_not_identifiable(
+            support, share, parts.weight, parts.change, rows.unclipped, seen, logged.cluster
+        ),
         identifiable_share=share, estimates={}, support=support, feedback=None,
         overlap=overlap_table(logged, rows.target, rows.can, rows.propensity, rows.baseline), warnings=rows.warnings,
     )  # fmt: skip
@@ -296,7 +299,7 @@ def _value(rows: _Rows, look: _Look) -> PolicyValue:
     else:
         found = sequence_interval(columns, logged.cluster, confidence=look.confidence, tightest_at=look.tightest_at)
     made = [Estimate(*map(float, one)) for one in zip(*found, strict=True)]
-    warnings = [*rows.warnings, *doubts(support, clusters, look.interval, parts.weight, parts.change)]
+    warnings = [*rows.warnings, *doubts(support, logged.cluster, look.interval, parts.weight, parts.change)]
     feedback = None
     if told is not None:
         weight = parts.weight * parts.known

@@ -129,6 +129,7 @@ def interval_plot(estimates: Mapping[str, Estimate], label: str, *, zero: bool) 
         axes.text(0.5, 0.5, "not identifiable", ha="center", transform=axes.transAxes)
     if zero:
         axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(yticks=range(len(estimates)), yticklabels=list(estimates), ylim=(max(len(estimates), 1) - 0.5, -0.5))
+    axes.set_yticks(range(len(estimates)), list(estimates), parse_math=False)  # a name may hold a $
+    axes.set_ylim(max(len(estimates), 1) - 0.5, -0.5)
     axes.set_xlabel(label)
     return figure

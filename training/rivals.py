@@ -20,11 +20,14 @@ def always_cheapest(decided: Decided) -> Array:
 
 
 def always_one(decided: Decided, ranking: list[str]) -> Array:
-    """The same model wherever it may serve, else the next of the `ranking`; probabilities [n, m]."""
-    rank = np.full(len(decided.catalog), float(len(ranking)))
+    """The same model wherever it may serve, else the next of the `ranking`; probabilities [n, m].
+
+    Zeros where none of the ranking may.
+    """
+    rank = np.full(len(decided.catalog), np.inf)
     for place, model in reversed(list(enumerate(ranking))):  # a model that is named twice has its first place
         rank[decided.catalog.index[model]] = place
-    return _one_hot(np.broadcast_to(rank, decided.eligible.shape), decided.eligible)
+    return _one_hot(np.broadcast_to(rank, decided.eligible.shape), decided.eligible & np.isfinite(rank))
 
 
 def shuffled(decided: Decided) -> Array:
@@ -42,7 +45,7 @@ def shuffled(decided: Decided) -> Array:
 
 
 def ranked_models(log: pl.DataFrame, catalog: Catalog) -> list[str]:
-    """The catalogue's models from the best mean quality to the worst, those with fewer than 30 outcomes last.
+    """The catalogue's models from the best mean quality to the worst; those with fewer than 30 outcomes are left out.
 
     A row weighs by 1 / its propensity (1 where that is not known), so that a model which got the hard requests is not
     taken for a bad one. Give rows on which nothing is judged: the best of them is chosen with luck.
@@ -57,7 +60,7 @@ def ranked_models(log: pl.DataFrame, catalog: Catalog) -> list[str]:
         mean=(pl.col("quality") * pl.col("weight")).sum() / pl.col("weight").sum(), n=pl.len()
     )
     known = {model: mean for model, mean, n in means.iter_rows() if n >= _LEAST_OUTCOMES}
-    return sorted(catalog.ids, key=lambda model: -known.get(model, -1.0))
+    return sorted((model for model in catalog.ids if model in known), key=lambda model: -known[model])
 
 
 def _one_hot(loss: Array, eligible: npt.NDArray[np.bool_]) -> Array:

@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from router_ml.intervals import cluster_sums, mean_and_error
 from training.logged import Logged
 
 Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 
 LEAST_PROPENSITY = 0.01
 """An estimated propensity below this counts as none: nothing shows that the model was ever really drawn there."""
@@ -126,7 +128,7 @@ def overlap_table(
 
 
 def why_not_identifiable(
-    support: Support, share: float, weight: Array, change: Array, unclipped: Array, seen: BoolArray
+    support: Support, share: float, weight: Array, change: Array, unclipped: Array, seen: BoolArray, cluster: IntArray
 ) -> str:
     """Why no number can be given, in a sentence, or an empty string; `seen` [n] says where the outcome is known.
 
@@ -145,7 +147,7 @@ def why_not_identifiable(
     for sign in (1.0, -1.0):
         wanted = np.maximum(sign * change, 0.0).sum(axis=1)
         gap = np.maximum(sign * unclipped, 0.0) - wanted
-        if gap.mean() < -0.05 * wanted.mean() and gap.mean() < -5 * gap.std() / np.sqrt(len(gap)):
+        if gap.mean() < -0.05 * wanted.mean() and gap.mean() < -5 * _error(gap, cluster):
             return (
                 f"not identifiable: the log holds {1 + gap.mean() / wanted.mean():.0%} of the target's decisions that "
                 "its propensities promise, so that these are not what it was drawn with"
@@ -160,17 +162,24 @@ def why_not_identifiable(
     return ""
 
 
-def doubts(support: Support, clusters: int, interval: str, weight: Array, change: Array) -> list[str]:
+def _error(values: Array, cluster: IntArray) -> float:
+    """Standard error of the mean of the values [n] over clusters; infinite with one."""
+    error = float(mean_and_error(*cluster_sums(values[:, None], cluster))[1][0])
+    return float("inf") if np.isnan(error) else error
+
+
+def doubts(support: Support, cluster: IntArray, interval: str, weight: Array, change: Array) -> list[str]:
     """What an estimate that is identifiable is to be read with."""
     found = []
     if support.unsupported_mass > 0:
         found.append(f"{support.unsupported_mass:.2%} of the decisions are out of the log's reach: they are guessed")
     if support.ess < FEW_ESS:
         found.append(f"an effective sample of {support.ess:.0f} rows: intervals hold from some {FEW_ESS:g} on")
+    clusters = len(np.unique(cluster))
     if clusters < FEW_CLUSTERS and interval == "bootstrap":
         found.append(f"{clusters} clusters: a bootstrap over fewer than {FEW_CLUSTERS} is too sure of itself")
     gap = np.abs(weight) - np.abs(change).sum(axis=1)
-    if abs(gap.mean()) > 3 * gap.std() / np.sqrt(len(gap)) and support.clipped_mass == 0:
+    if abs(gap.mean()) > 3 * _error(gap, cluster) and support.clipped_mass == 0:
         found.append(
             f"weights have a mean of {support.mean_weight:.2f}, not 1: the propensities may not be those of the log"
         )

@@ -218,6 +218,8 @@ class _Game:
 
     def __init__(self, judged: Judged, least: float, method: Method, rng: np.random.Generator) -> None:
         self.judged, self.least = judged, least
+        self.had = np.zeros(judged.quality.shape[1], dtype=bool)
+        self.had[judged.action[judged.action >= 0]] = True
         weight = 1.0 / judged.propensity
         self.weight = np.where(judged.full, 1.0, weight)
         every, self.unit, size = np.unique(judged.unit, return_inverse=True, return_counts=True)
@@ -283,6 +285,9 @@ class _Game:
             mean = np.where(of.seen.drawn, of.quality * share, 0.0).sum(axis=1)
             mixed = np.where(rate > 0.0, (1.0 - rate) * mixed + rate * mean, mixed)
             weight, quality = np.where(of.full, 1.0, weight), np.where(of.full, mixed, quality)
+        # Of a model that no row had nothing is known: it is held to be good for nothing, not for what is asked.
+        blind = ~of.full & ~self.had[chosen]
+        weight, quality = np.where(blind, 1.0, weight), np.where(blind, 0.0, quality)
         return weight, quality
 
 
