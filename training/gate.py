@@ -36,12 +36,12 @@ class Limits:
 
     `quality`: how far below 0 the lower bound of the quality change may lie. `slice`: the same for each slice, with
     `slices` for single ones by "task=code" or all of a column by "task". One of fewer than `slice_rows` requests can
-    hardly show anything: unless it is named, it only may not be shown to be worse. `cost`: how far the upper bound of the cost change
-    may lie above 0, as a share of the champion's cost (None: any). `calibration`: how much less than promised may come,
-    by the lower bound of the router's own decisions; a model may not be shown to fall short by more than twice that.
-    `latency`: the challenger's time for a decision as a multiple of the champion's. `fresh_days`: the age of the
-    newest judged request. `rows`: how many judged requests have to have an outcome. `clusters`: how many independent
-    groups of them there have to be.
+    hardly show anything: unless it is named, it only may not be shown to be worse. `cost`: how far the upper bound of
+    the cost change may lie above 0, as a share of the champion's cost (None: any). `calibration`: how much less than
+    promised may come, by the lower bound of the router's own decisions; a model may not be shown to fall short by more
+    than twice that. `latency`: the challenger's time for a decision as a multiple of the champion's. `fresh_days`: the
+    age of the newest judged request. `rows`: how many judged requests have to have an outcome. `clusters`: how many
+    independent groups of them there have to be.
     """
 
     quality: float = 0.02

@@ -99,8 +99,8 @@ def logged_of(
     `cluster` is the column whose values are taken to be independent of each other, "session" or "tenant"; a row
     without one stands alone. Rows that the log's column `cluster` puts together (what a canary drew as one) stay
     together, whatever else they have in common. `metrics` are columns of numbers. A call that failed for good has the
-    quality `failed_quality` (None: not known), for its user got nothing; what a fallback answered counts for the policy's
-    choice. Raises InputError for an empty log, several rows a request, a missing column, and a model that the
+    quality `failed_quality` (None: not known), for its user got nothing; what a fallback answered counts for the
+    policy's choice. Raises InputError for an empty log, several rows a request, a missing column, and a model that the
     catalogue does not list.
     """
     if log.is_empty():
