@@ -73,11 +73,12 @@ def test_a_log_and_a_store_are_seen_as_the_router_sees_requests(
     router: Router, tiny_log: pl.DataFrame, tmp_path: Path
 ) -> None:
     rows = tiny_log.unique("request_id", maintain_order=True).head(40)
+    named = [list(router.catalog.ids), *[["local", "frontier"]] * 4, ["nobody"], *[None] * 34]
     asked = ["plain"] * 20 + ["pinned"] * 10 + ["plain"] * 10
     rows = rows.with_columns(
         task=pl.Series(asked),
         key=pl.Series([None] * 30 + ["intern"] * 10, dtype=pl.String),
-        candidates=pl.Series([["local", "frontier"]] * 5 + [["nobody"]] + [None] * 34, dtype=pl.List(pl.String)),
+        candidates=pl.Series(named, dtype=pl.List(pl.String)),
     )
     seen, served = seen_of_log(router, rows)
     assert served.tolist() == [i != 5 for i in range(40)], "no model may serve the sixth"
@@ -86,8 +87,8 @@ def test_a_log_and_a_store_are_seen_as_the_router_sees_requests(
     for i, row in enumerate(rows.iter_rows(named=True)):
         if i == 5:
             continue
-        named = None if row["candidates"] is None else tuple(row["candidates"])
-        request = request_of(prompt=row["prompt"], task=row["task"], key=row["key"], candidates=named)
+        may = None if row["candidates"] is None else tuple(row["candidates"])
+        request = request_of(prompt=row["prompt"], task=row["task"], key=row["key"], candidates=may)
         decided.append(request)
         assert store.record(request, router.decide(request), provider="p")
     other = replace(router, model_version="another")

@@ -100,7 +100,7 @@ def test_the_target_is_what_the_router_would_draw(catalog: Catalog) -> None:
     router = Router(catalog, ByLength(4), policy, "v1")
     log = rows(
         catalog, prompt=["x" * 40, "x" * 200, "x" * 40, "x" * 40], task=[None, None, "pinned", None],
-        candidates=[None, None, None, ["mid", "hosted"]], model=["mid"] * 4,
+        candidates=[None, None, None, ["mid", "hosted"]], model=["frontier", "hosted", "local", "mid"],
     )  # fmt: skip
     target = target_of(router, log)
     np.testing.assert_allclose(
@@ -112,8 +112,8 @@ def test_the_target_is_what_the_router_would_draw(catalog: Catalog) -> None:
     assert target_of(router, log, longer)[:, :4].tolist() == target.tolist()
     with pytest.raises(InputError, match="may choose 'local'"):
         target_of(router, log, catalog.subset(["frontier", "mid", "hosted"]))
-    unserved = target_of(router, rows(catalog, candidates=[["unheard-of"]]))
-    assert unserved.sum() == 0
+    unserved = target_of(router, rows(catalog, candidates=[list(catalog.ids), ["unheard-of"]]))
+    assert unserved.sum(axis=1).tolist() == [1.0, 0.0]
     expects = predictions_of(router, log, longer)
     assert np.isclose(expects["quality"][0, 3], 1 - 4 * 40 / 1000) and np.isnan(expects["quality"][:, 4]).all()
     assert (expects["cost_usd"][:, :4] > 0).all()

@@ -56,6 +56,7 @@ def row(n: int = 0, **values: Any) -> dict[str, Any]:
         "status": "ok",
         "retries": 0,
         "fallback_from": None,
+        "cluster": "c1",
         "quality": 1.0,
         "quality_source": "user",
     }

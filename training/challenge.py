@@ -19,6 +19,7 @@ from router_ml.errors import InputError
 from router_ml.policy import Policy
 from router_ml.router import Router
 from router_ml.types import ModelCard
+from training.candidates import first_named
 from training.challenge_plots import frontier_plot
 from training.changes import changed_for, changed_models
 from training.dials import seen_of_log, sequence
@@ -149,14 +150,16 @@ def challenge(
     catalog = _axis(challenger.router.catalog, champion.router.catalog, rows)
     notes = (f"judged on {how}", *notes)
     logged = logged_of(rows.with_columns(cost_column(catalog)), catalog, cluster=cluster)
-    old, new = (decided(one.router, rows, catalog) for one in (champion, challenger))
+    first = first_named(log)
+    old, new = (decided(one.router, rows, catalog, first) for one in (champion, challenger))
     ranking = ranked_models(others, challenger.router.catalog)
     if not ranking:
         notes += ("no other row of the log tells which single model is the best",)
     targets = {CHAMPION: old.target, CHALLENGER: new.target, CHEAPEST: always_cheapest(new), SHUFFLED: shuffled(new)}
     if ranking:
         targets[BEST_SINGLE] = always_one(new, ranking)
-    points = {**_dialled(CHAMPION, champion, rows, catalog), **_dialled(CHALLENGER, challenger, rows, catalog)}
+    points = _dialled(CHAMPION, champion, rows, catalog, first)
+    points |= _dialled(CHALLENGER, challenger, rows, catalog, first)
     for model in challenger.router.catalog.ids:
         points[_Point("always", model=model)] = always_one(new, [model, *ranking])
     options: dict[str, Any] = {"confidence": confidence, "seed": seed, "predictions": new.predictions}
@@ -239,9 +242,11 @@ def _usable(rows: pl.DataFrame, most: int) -> tuple[pl.DataFrame, tuple[str, ...
     return kept, tuple(notes)
 
 
-def _dialled(name: str, contender: Contender, rows: pl.DataFrame, catalog: Catalog) -> dict[_Point, Array]:
+def _dialled(
+    name: str, contender: Contender, rows: pl.DataFrame, catalog: Catalog, first: Mapping[str, datetime]
+) -> dict[_Point, Array]:
     """Probabilities [n, m] for a dozen settings of the least probability."""
-    seen, served = seen_of_log(contender.router, rows)
+    seen, served = seen_of_log(contender.router, rows, first)
     position = np.array([catalog.index[model] for model in contender.router.catalog.ids])
     at, total = np.flatnonzero(served), seen.total
     explored = seen.rate[:, None] * seen.drawn / np.maximum(seen.drawn.sum(axis=1, keepdims=True), 1)

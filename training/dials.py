@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -120,10 +121,13 @@ def _least(loss: Array, among: BoolArray, then: Array) -> IntArray:
     return position
 
 
-def seen_of_log(router: Router, rows: pl.DataFrame) -> tuple[Seen, BoolArray]:
+def seen_of_log(
+    router: Router, rows: pl.DataFrame, first: Mapping[str, datetime] | None = None
+) -> tuple[Seen, BoolArray]:
     """What the router sees of a log's rows, which need a prompt or messages; and which rows some model may serve, [n].
 
-    `Seen` has those rows only. A row's candidates, task, tenant and key hold as they did. Raises InputError where no
+    `Seen` has those rows only. A row's candidates, task, tenant and key hold as they did; of models that the log named
+    only later (`first`, see `candidates.allowed_models`) its candidates say nothing. Raises InputError where no
     row has a text.
     """
     texts = ["prompt", "messages", "tools"]
@@ -131,7 +135,7 @@ def seen_of_log(router: Router, rows: pl.DataFrame) -> tuple[Seen, BoolArray]:
     has_text = rows.select(pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()).to_series().to_numpy()
     if not has_text.any():
         raise InputError("none of the rows has a prompt or messages: log prompts, or give the store with --store")
-    may = allowed_models(rows, router.catalog.ids)
+    may = allowed_models(rows, router.catalog.ids, first)
     for named, (prompt, messages, tools, task, tenant, key) in zip(
         may, rows.select(*texts, "task", "tenant", "key").iter_rows(), strict=True
     ):

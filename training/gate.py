@@ -188,10 +188,13 @@ def _quality(challenge: Challenge, limits: Limits) -> Condition:
     if found.headline is None:
         return Condition("quality", False, None, -margin, found.why)
     value, low, high, _ = found.headline
+    said = f"quality changes by {value:+.4f} ({low:+.4f} to {high:+.4f})"
+    unknown = found.support.unsupported_mass
+    if unknown > 0.0:  # what the log could not have done may be worth 1 less than is guessed
+        low -= unknown
+        said += f", less {unknown:.4f} for decisions out of the log's reach"
     holds = low >= -margin
-    said = (
-        f"quality changes by {value:+.4f} ({low:+.4f} to {high:+.4f}), its lower bound has to be {-margin:+g} or more"
-    )
+    said += f", its lower bound has to be {-margin:+g} or more"
     if not holds:
         said += _needed(challenge.n, value, low, margin)
     return Condition("quality", holds, low, -margin, said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,16 @@ class Judged:
         return np.asarray((~np.isnan(self.quality)).any(axis=1))
 
 
-def judged_of(router: Router, rows: pl.DataFrame) -> Judged:
-    """A log's rows, each with what the router sees of it and what the log knows; needs prompts.
+def judged_of(router: Router, rows: pl.DataFrame, first: Mapping[str, datetime] | None = None) -> Judged:
+    """A log's rows, each with what the router sees of it and what the log knows; needs prompts. `first`: `seen_of_log`.
 
     Rows of one request_id whose propensities are 1 are one request that was sent to all of these models. After a
     fallback the action is the policy's choice, and the quality that of the answer which came in the end; a call that
     failed for good has the quality 0.
     """
-    first = rows.group_by("request_id", maintain_order=True).agg(pl.all().first(), sent=pl.len())
-    seen, served = seen_of_log(router, first)
-    return judge(router, seen, first.filter(pl.Series(served)), rows)
+    each = rows.group_by("request_id", maintain_order=True).agg(pl.all().first(), sent=pl.len())
+    seen, served = seen_of_log(router, each, first)
+    return judge(router, seen, each.filter(pl.Series(served)), rows)
 
 
 def judged_of_decisions(router: Router, decisions: Sequence[Mapping[str, Any]], rows: pl.DataFrame) -> Judged:

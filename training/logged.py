@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -165,15 +166,21 @@ def _eligible(log: pl.DataFrame, catalog: Catalog) -> BoolArray:
     return np.stack(columns, axis=1).astype(bool)
 
 
-def requests_of(log: pl.DataFrame, models: Sequence[str] | None = None, **dial: Any) -> list[RouteRequest]:
+def requests_of(
+    log: pl.DataFrame,
+    models: Sequence[str] | None = None,
+    first: Mapping[str, datetime] | None = None,
+    **dial: Any,
+) -> list[RouteRequest]:
     """The requests of a log's rows with what the log knows of each; `dial` sets further fields (`tier="premium"`).
 
-    `models` are those of the router that they are for (`candidates.allowed_models`); without, a row's candidates are
+    `models` are those of the router that they are for, and `first` when the log first named each
+    (`candidates.allowed_models`); without, a row's candidates are
     taken as they are. A column `tier` of the log is taken, where there is one. Rows without a prompt are requests
     without text.
     """
     names = ["tenant", "key", "task", *(["tier"] if "tier" in log.columns and "tier" not in dial else [])]
-    may: Any = log["candidates"] if models is None else allowed_models(log, models)
+    may: Any = log["candidates"] if models is None else allowed_models(log, models, first)
     made = []
     for candidates, (prompt, messages, tools, *rest) in zip(
         may, log.select("prompt", "messages", "tools", *names).iter_rows(), strict=True
@@ -214,8 +221,14 @@ class Decided:
         return {"quality": self.p_ok, "cost_usd": self.cost_usd}
 
 
-def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Decided:
-    """Routes every row of the log; `dial` sets fields of each request (`tier="premium"`).
+def decided(
+    router: Router,
+    log: pl.DataFrame,
+    catalog: Catalog | None = None,
+    first: Mapping[str, datetime] | None = None,
+    **dial: Any,
+) -> Decided:
+    """Routes every row of the log; `first` as in `requests_of`, `dial` sets fields of requests (`tier="premium"`).
 
     `catalog` (default: the router's) sets the model axis; it has to be that of the `Logged`. Each request is routed by
     itself, as a session's first one would be: what a session's model is depends on the policy itself, so a log of
@@ -229,7 +242,7 @@ def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, *
     known = [model for model in router.catalog.ids if model in catalog]
     here = [catalog.index[model] for model in known]
     there = [router.catalog.index[model] for model in known]
-    for row, request in enumerate(requests_of(log, router.catalog.ids, **dial)):
+    for row, request in enumerate(requests_of(log, router.catalog.ids, first, **dial)):
         try:
             decision, estimate = greedy.decide_with_estimate(request)
         except NoEligibleModelError:
@@ -253,7 +266,7 @@ def decided(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, *
 
 def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:
     """Probability of each model under the router's policy per row of the log, float64 [n, m]; see `decided`."""
-    return decided(router, log, catalog, **dial).target
+    return decided(router, log, catalog, None, **dial).target
 
 
 def predictions_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> dict[str, Array]:
@@ -262,4 +275,4 @@ def predictions_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = 
     NaN for a model that it does not know. They sharpen the model of outcomes inside the estimators. The rows must not
     be those that the router was trained on: it would seem to know them better than it knows new ones.
     """
-    return decided(router, log, catalog, **dial).predictions
+    return decided(router, log, catalog, None, **dial).predictions

@@ -16,6 +16,7 @@ import polars as pl
 
 from router_ml.errors import InputError
 from router_ml.router import Router
+from training.candidates import first_named
 from training.dials import KINDS, Array, BoolArray, IntArray, Kind, Setting, sequence
 from training.held_out import held_out
 from training.judged import Judged, judged_of
@@ -125,7 +126,12 @@ def tune(
     if method == "auto" and not _binary(older):
         method = "betting"
     found = tune_judged(
-        judged_of(router, rows), min_quality=min_quality, confidence=confidence, dials=dials, method=method, seed=seed
+        judged_of(router, rows, first_named(log)),
+        min_quality=min_quality,
+        confidence=confidence,
+        dials=dials,
+        method=method,
+        seed=seed,
     )
     return replace(found, assumptions=(f"rows: {how}", *found.assumptions))
 
