@@ -195,33 +195,40 @@ def read_jsonl(path: Path, chunk_rows: int) -> Iterator[RawChunk]:
     with path.open("rb") as file:
         lines = (line for line in file if line.strip())
         while batch := list(islice(lines, chunk_rows)):
-            objects: list[dict[str, Any]] = []
-            numbers: list[int] = []
-            originals: list[str] = []
-            broken: list[BrokenRow] = []
-            for number, line in enumerate(batch, start=done + 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    value = json.loads(text)
-                    if "\\u" in text and not _encodable(json.dumps(value, ensure_ascii=False)):
-                        raise UnicodeError("an escape in the line is half a surrogate pair")
-                except UnicodeError:
-                    broken.append(
-                        BrokenRow(number, BROKEN_UTF8, json.dumps(line.strip().decode("utf-8", "surrogateescape")))
-                    )
-                    continue
-                except (ValueError, RecursionError):
-                    broken.append(BrokenRow(number, "not valid JSON", json.dumps(text)))
-                    continue
-                if not isinstance(value, dict):
-                    broken.append(BrokenRow(number, "not a JSON object", text.strip()))
-                    continue
-                objects.append(value)
-                numbers.append(number)
-                originals.append(text.strip())
+            chunk = jsonl_chunk(batch, done)
             done += len(batch)
-            names.update(dict.fromkeys(name for value in objects for name in value))
-            yield RawChunk({name: [o.get(name) for o in objects] for name in names}, numbers, originals, broken)
+            names.update(dict.fromkeys(chunk.columns))
+            height = len(chunk.rows)
+            columns = {name: chunk.columns.get(name) or [None] * height for name in names}
+            yield RawChunk(columns, chunk.rows, chunk.originals, chunk.broken)
+
+
+def jsonl_chunk(batch: list[bytes], done: int) -> RawChunk:
+    """Some lines of a JSONL file, none of them empty, after the first `done` ones; see `read_jsonl`."""
+    objects: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    originals: list[str] = []
+    broken: list[BrokenRow] = []
+    for number, line in enumerate(batch, start=done + 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            value = json.loads(text)
+            if "\\u" in text and not _encodable(json.dumps(value, ensure_ascii=False)):
+                raise UnicodeError("an escape in the line is half a surrogate pair")
+        except UnicodeError:
+            broken.append(BrokenRow(number, BROKEN_UTF8, json.dumps(line.strip().decode("utf-8", "surrogateescape"))))
+            continue
+        except (ValueError, RecursionError):
+            broken.append(BrokenRow(number, "not valid JSON", json.dumps(text)))
+            continue
+        if not isinstance(value, dict):
+            broken.append(BrokenRow(number, "not a JSON object", text.strip()))
+            continue
+        objects.append(value)
+        numbers.append(number)
+        originals.append(text.strip())
+    names = dict.fromkeys(name for value in objects for name in value)
+    return RawChunk({name: [o.get(name) for o in objects] for name in names}, numbers, originals, broken)
 
 
 def _encodable(text: str) -> bool:
