@@ -70,7 +70,7 @@ def _same(path: Path, at: Mapping[str, Any]) -> bool:
     if not at or path.stat().st_size < max(at["offset"], at["head"]):
         return False
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"]
+        return bool(hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"])
 
 
 def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -90,7 +90,7 @@ def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chun
                 row += read
                 yield Chunk(frame, raw, rejects, _mark(path, row, offset))
         if rest.strip():
-            # A last line without a newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
+            # A last line without newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
             frame, raw, rejects, read = _lines(rest, names, row)
             whole = frame.height > 0
             yield Chunk(frame, raw, rejects, _mark(path, row + whole, offset + len(rest) * whole))
@@ -157,7 +157,7 @@ def _csv(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -
         with arrow_csv.open_csv(path, convert_options=convert, **options) as reader:
             for batch in reader:
                 raw = pl.DataFrame(pl.from_arrow(batch))
-                lines = {number: text for number, text in ragged}
+                lines = dict(ragged)
                 numbers = np.setdiff1d(np.arange(seen + 1, seen + raw.height + len(lines) + 1), list(lines))
                 numbers = numbers[: raw.height]
                 last = int(numbers[-1]) if raw.height else seen
