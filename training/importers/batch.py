@@ -21,8 +21,8 @@ __all__ = ["JOINS", "ROW", "SIGNALS", "Batch", "ReadOptions", "Reader", "no_reje
 JOINS = pl.Schema({"trace_id": pl.String(), "response_id": pl.String()})
 # One thing that someone or something said of an answer. `request_id` or `response_id` name one answer, `trace_id` alone
 # a whole trace (`training.feedback` says which answer gets it, so that it never multiplies). `source` is what a rule of
-# the feedback file is about; `value` is a number as found, `label` a word as found; `signal` is an id that is the same
-# when the signal is read again (null: its content is its id).
+# the feedback file is about; `value` is a number as found, `label` a word as found, `weight` the signal's own
+# weight where it has one; `signal` is an id that is the same when the signal is read again (null: its content is it).
 SIGNALS = pl.Schema(
     {
         "signal": pl.String(),
@@ -33,6 +33,7 @@ SIGNALS = pl.Schema(
         "source": pl.String(),
         "value": pl.Float64(),
         "label": pl.String(),
+        "weight": pl.Float64(),
     }
 )
 
