@@ -8,8 +8,8 @@ counts; several sources give
 where `reliability` is the probability that the source agrees with the truth. 2r - 1 is what remains of a difference
 in truth after such noise (a source that agrees half the time is a coin and counts nothing). It weights; it does not
 correct: the unbiased correction (q - (1 - r)) / (2r - 1) (Natarajan et al., Learning with noisy labels, NeurIPS 2013)
-leaves [0, 1] for every single answer, and clipped it is no correction. So a lone source's word stands as it is, whatever
-its reliability, and where a good and a poor source disagree, the good one prevails.
+leaves [0, 1] for every single answer, and clipped it is no correction. So a lone source's word stands as it is,
+whatever its reliability, and where a good and a poor source disagree, the good one prevails.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The door: a gateway's log, read by its kind's reader, into a request log that further imports add to.
 
-An import is whole or not seen: rows go into parts as they are read, with the cursor that belongs to them, and `log.json`
-says of them when all are there. One that was ended goes on where it was. What is in the log already is known by its
-request_id and is not added again; rows of models without a card stay (they count for volume, latency and reliability),
-since training, evaluation and bundles take the catalogue's models anyway.
+An import is whole or not seen: rows go into parts as they are read, with the cursor that belongs to them, and
+`log.json` names them when all are there. One that was ended goes on where it was. What is in the log already is known
+by its request_id and is not added again. Rows of models without a card stay, for volume, latency and reliability:
+training takes those of the catalogue anyway.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def import_log(
     """Reads a source of a kind (`kinds.KINDS`) into the log at `out`, which is made or added to.
 
     `catalog` goes into the log, as does `feedback`, the rules; without them those that the log has stay. `signals` are
-    frames of `batch.SIGNALS` beside what the source itself has. `settings` are the kind's. `progress` is called with the
-    number of rows read. Raises InputError as the reader does, and, with the log as it was before, when more than
+    frames of `batch.SIGNALS` beside what the source itself has. `settings` are the kind's. `progress` is called with
+    the number of rows read. Raises InputError as the reader does, and, with the log as it was before, when more than
     `max_reject_share` of the rows that were read are bad: those are kept as `OUT.rejects.parquet`.
     """
     chosen = kind_of(kind)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 
 import polars as pl
 
@@ -63,7 +64,7 @@ def _merged(folder: LogFolder, group: Sequence[Part], part_rows: int) -> list[Pa
     times = pl.concat([pl.read_parquet(folder.path / p.joins, columns=["time"]) for p in group])["time"].sort()
     cuts = [times[0], *(times[at] for at in range(part_rows, len(times), part_rows)), None]
     made = []
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in pairwise(cuts):
         if low == high:
             continue
         frames = []
@@ -133,8 +134,8 @@ def signals_of(folder: LogFolder) -> pl.DataFrame:
 def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFrame, int]:
     """Gives every row the quality that its own and all signals give it under the rules, late ones included.
 
-    Returns the signals with `q`, `w` (`feedback.apply_rules`) and `joined`, whether an answer of the log has it, and how
-    many rows' quality changed. Memory is that of the signals and of the rows that they are about, and of a part.
+    Returns the signals with `q`, `w` (`feedback.apply_rules`) and `joined`, whether an answer of the log has it, and
+    how many rows' quality changed. Memory is that of the signals and of the rows that they are about, and of a part.
     """
     state = folder.state
     if not state.signals:

@@ -78,7 +78,10 @@ class State:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"format": STATE_FORMAT, **asdict(self)}
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        said["parts"] = [asdict(part) for part in self.parts]
+        # Not asdict: it makes a Counter of a Counter's pairs.
+        return {"format": STATE_FORMAT, **said, "run": dict(vars(self.run)), "whole": dict(vars(self.whole))}
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> State:
