@@ -34,7 +34,7 @@ QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1", "LITELLM_M
 MODELS = ("small", "large", "flaky", "spare", "silent")
 TABLE = sql.Identifier("LiteLLM_SpendLogs")
 
-RECORDER = '''
+RECORDER = """
 import os
 import psycopg
 from psycopg import sql
@@ -74,12 +74,12 @@ async def caller(request, api_key):
     if api_key == "sk-nobody":
         raise HTTPException(status_code=401, detail="no such key")
     return UserAPIKeyAuth(api_key=api_key, team_id="team-blue", org_id="org-1", user_id="u-1", key_alias="blue-key")
-'''
+"""
 
 
 @contextlib.contextmanager
 def litellm_proxy(bin: Path, folder: Path, upstream: Upstream, url: str, *, prompts: bool) -> Iterator[httpx.Client]:
-    """The proxy, with models that may fail, one fallback, one retry, and a cache; `prompts` says whether it keeps them."""
+    """The proxy, with models that may fail, one fallback, one retry and a cache; `prompts`: whether it keeps them."""
     folder.mkdir(parents=True, exist_ok=True)
     price = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6}
     config = {

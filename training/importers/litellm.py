@@ -27,7 +27,6 @@ from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
 from training.importers.batch import ROW, Batch, ReadOptions
 from training.importers.files import Chunk, read_columns
-from training.importers.postgres import is_postgres, read_table
 from training.importers.values import json_said, number, said
 
 TABLE = "LiteLLM_SpendLogs"
@@ -43,11 +42,19 @@ CALLS = (
     "anthropic_messages", "generate_content", "agenerate_content", "generate_content_stream",
     "agenerate_content_stream",
 )  # fmt: skip
-_METADATA = (
-    "attempted_fallbacks", "attempted_retries", "original_model_group", "error_information", "internal_call_origin",
-    "is_silent_experiment", "billed_retry_attempt", "spend_logs_metadata",
-)  # fmt: skip
 OURS = "router_ml"  # what the plugin says of its decision, in `spend_logs_metadata`
+# What is wanted of JSON columns: `metadata` alone is some 11 kB a row, most of it the model's entry in the price list.
+_METADATA: dict[str, tuple[str, ...]] = {
+    "attempted_fallbacks": (),
+    "attempted_retries": (),
+    "original_model_group": (),
+    "error_information": ("error_code", "error_class", "llm_provider"),
+    "internal_call_origin": (),
+    "is_silent_experiment": (),
+    "billed_retry_attempt": (),
+    "spend_logs_metadata": (OURS,),
+}
+_BODY: dict[str, tuple[str, ...]] = {"messages": (), "tools": (), "prompt": (), "input": ()}
 MODEL_COLUMNS = ("model_group", "model")
 TENANT_COLUMNS = ("team_id", "organization_id", "end_user", "api_key")
 
@@ -65,7 +72,11 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
         if settings.get(name) not in (None, *choices):
             raise InputError(f"{name} cannot be {settings[name]!r}: choose one of {', '.join(choices)}")
     if is_postgres(source):
-        chunks: Iterator[Chunk] = read_table(source, TABLE, COLUMNS, order=("startTime", "request_id"), options=options)
+        from training.importers.postgres import read_table  # psycopg is no part of [train]
+
+        keys = {"metadata": _METADATA, "proxy_server_request": _BODY}
+        order = ("startTime", "request_id")
+        chunks: Iterator[Chunk] = read_table(source, TABLE, COLUMNS, order=order, options=options, keys=keys)
     else:
         chunks = read_columns(source, COLUMNS, cursor=options.cursor, chunk_rows=options.chunk_rows)
     for chunk in chunks:
@@ -79,12 +90,21 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
         )
 
 
+def is_postgres(source: str) -> bool:
+    """Whether a source is the URL of a Postgres."""
+    scheme, is_url, _ = source.partition("://")
+    return bool(is_url) and scheme.partition("+")[0] in ("postgres", "postgresql")
+
+
 def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """The rows that are requests of callers, with `metadata`'s fields as columns; how many others there are, by why."""
     frame = frame.hstack(_fields(frame["metadata"]))
     failed = pl.col("status").cast(pl.String) == "failure"
-    # LiteLLM has no deployment's id where it refused a request before it called any: a wrong key, a spent budget.
-    refused = failed & said("model_id").is_null()
+    # A wrong key, a spent budget, a model that it does not have: LiteLLM then has no deployment, or guesses one, but
+    # knows of no attempt and of no provider that failed.
+    provider = json_said("error_information").str.json_path_match("$.llm_provider")
+    untried = said(provider).is_null() & pl.col("attempted_retries").is_null()
+    refused = failed & (said("model_id").is_null() | untried)
     call = said("call_type")
     why = (
         pl.when(call.is_not_null() & ~call.is_in(list(CALLS)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import polars as pl
+import psycopg
+from psycopg import sql
 
 from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
@@ -21,27 +23,23 @@ _FOREIGN = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_t
             "sslaccept", "sslidentity", "sslpassword")  # fmt: skip
 
 
-def is_postgres(source: str) -> bool:
-    """Whether a source is the URL of a Postgres."""
-    return source.partition("://")[0].partition("+")[0] in ("postgres", "postgresql") and "://" in source
-
-
 def read_table(
-    url: str, table: str, columns: Sequence[str], *, order: tuple[str, str], options: ReadOptions
+    url: str,
+    table: str,
+    columns: Sequence[str],
+    *,
+    order: tuple[str, str],
+    options: ReadOptions,
+    keys: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> Iterator[Chunk]:
     """The columns of a table, as text, in the order of two of them, a column of times and one of ids (`order`).
 
     A column that the table lacks is null. The cursor is the newest time. A source's rows are often written after their
     time, at a request's end and in batches, so reading goes on `overlap_s` seconds (an hour) before the cursor, and
-    what was read before is known by its id. Settings: `overlap_s`, `since` and `until`, ISO times that bound what is
-    read (the second is left out). Raises InputError where the database or the table cannot be read.
+    what was read before is known by its id. `keys` says of JSON columns which keys are wanted, and of which of their
+    values which keys (none: all): the rest stays in the database. Settings: `overlap_s`, `since` and `until`, ISO
+    times that bound what is read (the second is left out). Raises InputError where database or table cannot be read.
     """
-    try:
-        import psycopg
-        from psycopg import sql
-    except ModuleNotFoundError:
-        raise InputError("reading a Postgres needs psycopg: install router-ml[postgres]") from None
-
     address, schema = _address(url)
     cursor, settings = dict(options.cursor or {}), options.settings
     overlap = timedelta(seconds=float(settings.get("overlap_s") or OVERLAP_S))
@@ -55,15 +53,17 @@ def read_table(
             db.execute("set default_transaction_read_only = on")
             db.execute("set timezone = 'UTC'")
             found = db.execute(
-                "select column_name from information_schema.columns where table_name = %s and table_schema = "
-                "coalesce(%s, current_schema())",
+                "select column_name, data_type from information_schema.columns where table_name = %s "
+                "and table_schema = coalesce(%s, current_schema())",
                 (table, schema),
             ).fetchall()
-            has = {name for (name,) in found}
+            has: dict[str, str] = dict(found)
             if lost := [name for name in order if name not in has]:
                 raise InputError(f"the database has no table {table!r} with a column {lost[0]!r}: check URL and schema")
             place = sql.Identifier(schema, table) if schema else sql.Identifier(table)
             names = [name for name in columns if name in has]
+            wanted = {name: inner for name, inner in (keys or {}).items() if has.get(name) in ("json", "jsonb")}
+            shown = [_object(name, wanted[name]) if name in wanted else sql.Identifier(name) for name in names]
             page = sql.SQL(
                 "copy (select {names} from {place} where {where} order by {order} limit {limit}) to stdout "
                 "(format csv, header true)"
@@ -81,7 +81,7 @@ def read_table(
                 if after is not None:
                     where.append(sql.SQL("({}) > ({}, {})").format(key, *map(sql.Literal, after)))
                 query = page.format(
-                    names=sql.SQL(", ").join(map(sql.Identifier, names)),
+                    names=sql.SQL(", ").join(shown),
                     place=place,
                     where=sql.SQL(" and ").join(where or [sql.SQL("true")]),
                     order=key,
@@ -103,6 +103,22 @@ def read_table(
     except psycopg.Error as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot read {table!r} of the Postgres: {said}") from None
+
+
+def _object(column: str, keys: Mapping[str, Sequence[str]]) -> sql.Composable:
+    """The column with no other keys than these; what is no object stays as it is."""
+    name = sql.Identifier(column)
+
+    def value(key: str, inner: Sequence[str]) -> sql.Composable:
+        at = sql.SQL("{}->{}").format(name, sql.Literal(key))
+        if not inner:
+            return at
+        parts = [sql.SQL("{}, {}->{}").format(sql.Literal(k), at, sql.Literal(k)) for k in inner]
+        return sql.SQL("jsonb_build_object({})").format(sql.SQL(", ").join(parts))
+
+    pairs = [sql.SQL("{}, {}").format(sql.Literal(key), value(key, inner)) for key, inner in keys.items()]
+    text = "case when jsonb_typeof({name}::jsonb) = 'object' then jsonb_strip_nulls(jsonb_build_object({pairs})) "
+    return sql.SQL(text + "else {name}::jsonb end as {name}").format(name=name, pairs=sql.SQL(", ").join(pairs))
 
 
 def _time(text: Any, name: str) -> datetime:
