@@ -6,7 +6,7 @@ walks over rows in Python. It neither validates nor sorts nor drops what was rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,16 +53,17 @@ class Batch:
     """Some of a source's rows, in its order.
 
     `rows` has `ROW` (Int64, the row's 1-based number in the source), columns of `LOG_SCHEMA` and of `JOINS`; text is
-    cast value by value later, what is absent is null, other columns are left out. `raw` has as many rows as `rows` and
-    says what each was in the source: for a reject's original. `rejects` are rows that could not be read at all.
-    `signals` (`SIGNALS`) is feedback that stands in the source itself, of these rows or of others. `cursor` is JSON:
-    given back as `ReadOptions.cursor`, reading goes on after this batch (it may read some rows again: they are known by
-    their ids). `skipped` counts rows that are no request at all, by why (an embedding, a health check, a tool's span).
+    cast value by value later, what is absent is null, other columns are left out. `raw` says what each row was in the
+    source, for a reject's original: a frame with as many rows, or a function that makes one that has `ROW`. `rejects`
+    are rows that could not be read at all. `signals` (`SIGNALS`) is feedback that stands in the source itself, of these
+    rows or of others. `cursor` is JSON: given back as `ReadOptions.cursor`, reading goes on after this batch (it may
+    read some rows again: they are known by their ids). `skipped` counts rows that are no request at all, by why (an
+    embedding, a health check, a tool's span).
     """
 
     rows: pl.DataFrame
     cursor: Mapping[str, Any]
-    raw: pl.DataFrame | None = None
+    raw: pl.DataFrame | Callable[[], pl.DataFrame] | None = None
     rejects: pl.DataFrame = field(default_factory=no_rejects)
     signals: pl.DataFrame = field(default_factory=no_signals)
     skipped: Mapping[str, int] = field(default_factory=dict)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,37 @@ _HEAD = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows of a file: `frame` has `ROW` and every wanted column (text in CSV and JSONL, null where it is absent; as
-    found in Parquet), `raw` the rows as they stood in the file; `cursor` goes on after them."""
+    """Rows of a file. `frame` has `ROW` and every wanted column: text in CSV and JSONL, as found in Parquet, null where
+    it is absent; one of which keys are wanted may be a struct of texts. `cursor` goes on after them.
+
+    `raw_of` gives the rows as they stood in the file, with `ROW`; it costs, and few chunks have rejects. `names` are
+    the file's columns, None where each row has its own.
+    """
 
     frame: pl.DataFrame
-    raw: pl.DataFrame
+    raw_of: Callable[[], pl.DataFrame]
     rejects: pl.DataFrame
     cursor: dict[str, Any]
+    names: tuple[str, ...] | None = None
+
+    @property
+    def raw(self) -> pl.DataFrame:
+        """The rows as they stood in the file, one for each of `frame`."""
+        return self.raw_of().drop(ROW)
 
 
 def read_columns(
-    file: str | Path, wanted: Iterable[str], *, cursor: Mapping[str, Any] | None = None, chunk_rows: int = 100_000
+    file: str | Path,
+    wanted: Iterable[str],
+    *,
+    cursor: Mapping[str, Any] | None = None,
+    chunk_rows: int = 100_000,
+    keys: Mapping[str, Iterable[str]] | None = None,
 ) -> Iterator[Chunk]:
     """Reads the wanted columns of a .parquet, .csv, .jsonl or .ndjson file, from a chunk's cursor on.
 
+    `keys` says of columns with JSON objects which keys are wanted: where JSONL has them as objects, which need not be,
+    the column comes as a struct of texts (`values.keys_of` reads either), and the rest of the object is passed over.
     A file that grew is read from where the cursor was; one whose beginning has changed from its first row. Raises
     InputError for a file that is missing, of another kind or damaged as a whole.
     """
@@ -53,7 +71,7 @@ def read_columns(
         at = {}
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        yield from _jsonl(path, names, at)
+        yield from _jsonl(path, _schema(names, keys or {}), at)
     elif kind == ".csv":
         yield from _csv(path, names, at, chunk_rows)
     else:
@@ -73,7 +91,12 @@ def _same(path: Path, at: Mapping[str, Any]) -> bool:
         return bool(hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"])
 
 
-def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chunk]:
+def _schema(names: list[str], keys: Mapping[str, Iterable[str]]) -> dict[str, pl.DataType]:
+    structs = {name: pl.Struct(dict.fromkeys(inner, pl.String())) for name, inner in keys.items()}
+    return {name: structs.get(name, pl.String()) for name in names}
+
+
+def _jsonl(path: Path, schema: Mapping[str, pl.DataType], at: Mapping[str, Any]) -> Iterator[Chunk]:
     row, offset = at.get("row", 0), at.get("offset", 0)
     with path.open("rb") as file:
         file.seek(offset)
@@ -83,48 +106,52 @@ def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chun
             if not cut:
                 rest += block
                 continue
-            data, rest = rest + block[:cut], block[cut:]
-            if data:
-                offset += len(data)
-                frame, raw, rejects, read = _lines(data, names, row)
-                row += read
-                yield Chunk(frame, raw, rejects, _mark(path, row, offset))
+            data, rest = b"".join((rest, memoryview(block)[:cut])), block[cut:]
+            offset += len(data)
+            frame, raw_of, rejects, read = _lines(data, schema, row)
+            row += read
+            yield Chunk(frame, raw_of, rejects, _mark(path, row, offset))
         if rest.strip():
             # A last line without newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
-            frame, raw, rejects, read = _lines(rest, names, row)
+            frame, raw_of, rejects, read = _lines(rest, schema, row)
             whole = frame.height > 0
-            yield Chunk(frame, raw, rejects, _mark(path, row + whole, offset + len(rest) * whole))
+            yield Chunk(frame, raw_of, rejects, _mark(path, row + whole, offset + len(rest) * whole))
 
 
-def _lines(data: bytes, names: list[str], done: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, int]:
+def _lines(
+    data: bytes, schema: Mapping[str, pl.DataType], done: int
+) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
     """Some lines as (columns, their text, the lines that are no JSON object, how many there were)."""
     if done == 0:
         data = data.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode()
-        schema = dict.fromkeys(names, pl.String())
-        frame = pl.read_ndjson(data, schema=schema) if data.strip() else pl.DataFrame(schema=schema)
-        lines = pl.Series(ORIGINAL, [text], dtype=pl.String).str.split("\n").explode().str.strip_chars()
-        lines = lines.filter(lines != "")
-        if frame.height != len(lines):
-            raise pl.exceptions.ComputeError("lines without an object")
-    except (UnicodeDecodeError, pl.exceptions.PolarsError):
-        return _by_line(data, names, done)
-    rows = pl.int_range(done + 1, done + frame.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
-    return frame.with_columns(rows), lines.to_frame(), no_rejects(), frame.height
+    plain = dict.fromkeys(schema, pl.String())
+    for attempt in [schema] if schema == plain else [schema, plain]:
+        try:
+            frame = pl.read_ndjson(data, schema=attempt) if data.strip() else pl.DataFrame(schema=attempt)
+        except pl.exceptions.PolarsError:
+            continue
+        if frame.height != data.count(b"\n") + (not data.endswith(b"\n")):
+            break  # empty lines, or something that polars takes for one
+        rows = pl.int_range(done + 1, done + frame.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
+        return frame.with_columns(rows), partial(_text_of, data, rows), no_rejects(), frame.height
+    return _by_line(data, plain, done)
 
 
-def _by_line(data: bytes, names: list[str], done: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, int]:
+def _text_of(data: bytes, rows: pl.Series) -> pl.DataFrame:
+    lines = pl.Series(ORIGINAL, [data.decode().removesuffix("\n")], dtype=pl.String).str.split("\n").explode()
+    return pl.DataFrame([lines.str.strip_chars(), rows])
+
+
+def _by_line(
+    data: bytes, schema: Mapping[str, pl.DataType], done: int
+) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
     lines = [line for line in data.split(b"\n") if line.strip()]
     chunk = jsonl_chunk(lines, done)
-    kept = [line.encode() for line in chunk.originals or []]
-    frame = (
-        pl.read_ndjson(b"\n".join(kept), schema=dict.fromkeys(names, pl.String()))
-        if kept
-        else pl.DataFrame(schema=dict.fromkeys(names, pl.String()))
-    )
-    frame = frame.with_columns(pl.Series(ROW, chunk.rows, dtype=pl.Int64))
-    return frame, pl.DataFrame({ORIGINAL: chunk.originals}), _broken(chunk), len(lines)
+    rows, originals = pl.Series(ROW, chunk.rows, dtype=pl.Int64), chunk.originals or []
+    kept = [line.encode() for line in originals]
+    frame = pl.read_ndjson(b"\n".join(kept), schema=schema) if kept else pl.DataFrame(schema=schema)
+    raw = pl.DataFrame([pl.Series(ORIGINAL, originals, dtype=pl.String), rows])
+    return frame.with_columns(rows), partial(pl.DataFrame, raw), _broken(chunk), len(lines)
 
 
 def _broken(chunk: RawChunk) -> pl.DataFrame:
@@ -170,7 +197,8 @@ def _csv(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -
                 if raw.height or gone:
                     rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
                     done = max(done, last)
-                    yield Chunk(_pick(raw, names).with_columns(rows), raw, rejects, _mark(path, done, 0))
+                    frame = _pick(raw, names).with_columns(rows)
+                    yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, done, 0), tuple(raw.columns))
     except (pa.ArrowInvalid, UnicodeDecodeError):
         yield from _slow_csv(path, names, done, chunk_rows)
         return
@@ -179,7 +207,8 @@ def _csv(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -
         empty = pl.DataFrame(schema=dict.fromkeys(header, pl.String()))
         none = pl.Series(ROW, [], dtype=pl.Int64)
         rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
-        yield Chunk(_pick(empty, names).with_columns(none), empty, rejects, _mark(path, last, 0))
+        frame = _pick(empty, names).with_columns(none)
+        yield Chunk(frame, _numbered(empty, none), rejects, _mark(path, last, 0), tuple(header))
 
 
 def _slow_csv(path: Path, names: list[str], done: int, chunk_rows: int) -> Iterator[Chunk]:
@@ -189,8 +218,13 @@ def _slow_csv(path: Path, names: list[str], done: int, chunk_rows: int) -> Itera
         rejects, keep = _broken(chunk).filter(pl.col("row") > done), rows > done
         last = max([done, *chunk.rows[-1:], *(line.row for line in chunk.broken[-1:])])
         if keep.any() or rejects.height:
-            frame = _pick(raw, names).with_columns(rows).filter(keep)
-            yield Chunk(frame, raw.filter(keep), rejects, _mark(path, last, 0))
+            raw, rows = raw.filter(keep), rows.filter(keep)
+            frame = _pick(raw, names).with_columns(rows)
+            yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, last, 0), tuple(raw.columns))
+
+
+def _numbered(raw: pl.DataFrame, rows: pl.Series) -> Callable[[], pl.DataFrame]:
+    return partial(raw.with_columns, rows)
 
 
 def _header(path: Path) -> list[str]:
@@ -208,7 +242,8 @@ def _parquet(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: in
         for raw in scan.collect_batches(chunk_size=chunk_rows, maintain_order=True):
             rows = pl.int_range(done + 1, done + raw.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
             done += raw.height
-            yield Chunk(_pick(raw, names).with_columns(rows), raw, no_rejects(), _mark(path, done, 0))
+            frame = _pick(raw, names).with_columns(rows)
+            yield Chunk(frame, _numbered(raw, rows), no_rejects(), _mark(path, done, 0), tuple(raw.columns))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path} is not a readable .parquet, .csv or .jsonl file: {str(error).splitlines()[0]}"

@@ -27,7 +27,7 @@ from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
 from training.importers.batch import ROW, Batch, ReadOptions
 from training.importers.files import Chunk, read_columns
-from training.importers.values import json_said, number, said
+from training.importers.values import json_said, keys_of, number, said
 
 TABLE = "LiteLLM_SpendLogs"
 COLUMNS = (
@@ -71,19 +71,19 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
     for name, choices in (("model", MODEL_COLUMNS), ("tenant", TENANT_COLUMNS)):
         if settings.get(name) not in (None, *choices):
             raise InputError(f"{name} cannot be {settings[name]!r}: choose one of {', '.join(choices)}")
+    keys = {"metadata": _METADATA, "proxy_server_request": _BODY}
     if is_postgres(source):
         from training.importers.postgres import read_table  # psycopg is no part of [train]
 
-        keys = {"metadata": _METADATA, "proxy_server_request": _BODY}
         order = ("startTime", "request_id")
         chunks: Iterator[Chunk] = read_table(source, TABLE, COLUMNS, order=order, options=options, keys=keys)
     else:
-        chunks = read_columns(source, COLUMNS, cursor=options.cursor, chunk_rows=options.chunk_rows)
+        chunks = read_columns(source, COLUMNS, cursor=options.cursor, chunk_rows=options.chunk_rows, keys=keys)
     for chunk in chunks:
         frame, skipped = _requests(chunk.frame)
         yield Batch(
             rows=_rows(frame, settings),
-            raw=chunk.raw.filter(chunk.frame[ROW].is_in(frame[ROW].implode())),
+            raw=chunk.raw_of,
             rejects=chunk.rejects,
             cursor=chunk.cursor,
             skipped=skipped,
@@ -98,7 +98,7 @@ def is_postgres(source: str) -> bool:
 
 def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """The rows that are requests of callers, with `metadata`'s fields as columns; how many others there are, by why."""
-    frame = frame.hstack(_fields(frame["metadata"]))
+    frame = frame.hstack(keys_of(frame["metadata"], list(_METADATA)))
     failed = pl.col("status").cast(pl.String) == "failure"
     # A wrong key, a spent budget, a model that it does not have: LiteLLM then has no deployment, or guesses one, but
     # knows of no attempt and of no provider that failed.
@@ -122,33 +122,20 @@ def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     return frame.filter(reasons.is_null()), dict(reasons.drop_nulls().value_counts().iter_rows())
 
 
-def _fields(metadata: pl.Series) -> pl.DataFrame:
-    """What is wanted of `metadata`, as text; one pass over the JSON, or several where some of it is broken."""
-    text = metadata.cast(pl.String)
-    lines = text.fill_null("{}").str.replace_all("\n", " ", literal=True).str.replace("^$", "{}")
-    schema = dict.fromkeys(_METADATA, pl.String())
-    try:
-        found = pl.read_ndjson(lines.str.join("\n").item().encode(), schema=schema)
-        if found.height == len(text):
-            return found
-    except pl.exceptions.PolarsError:
-        pass
-    return text.to_frame("m").select(pl.col("m").str.json_path_match(f"$.{name}").alias(name) for name in _METADATA)
-
-
 def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     times, _ = convert(frame, {"startTime": LOG_SCHEMA["time"], "endTime": LOG_SCHEMA["time"]})
     took = (times["endTime"] - times["startTime"]).dt.total_microseconds() / 1000
-    frame = frame.with_columns(_took=took, _cached=said("cache_hit").str.to_lowercase() == "true")
+    body = keys_of(frame["proxy_server_request"], list(_BODY)).rename(lambda name: f"_{name}")
+    frame = frame.hstack(body).with_columns(_took=took, _cached=said("cache_hit").str.to_lowercase() == "true")
     called = ~pl.col("_cached").fill_null(False)
-    body, error = json_said("proxy_server_request"), json_said("error_information")
+    error = json_said("error_information")
     decision = json_said("spend_logs_metadata").str.json_path_match(f"$.{OURS}")
     served = said(settings.get("model") or "model_group").fill_null(said("model"))
     asked = pl.when(number("attempted_fallbacks") > 0).then(said("original_model_group"))
     tenant = said(settings["tenant"]) if settings.get("tenant") else pl.coalesce(
         said("team_id"), said("organization_id"), said("end_user")
     )  # fmt: skip
-    given = body.str.json_path_match("$.input")
+    given = said("_input")
     is_list = given.str.starts_with("[")
     tag = rf'"{re.escape(settings.get("task_tag") or "task:")}([^"]*)"'
     return frame.select(
@@ -163,11 +150,11 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         task=said(pl.col("request_tags").cast(pl.String).str.extract(tag)),
         messages=pl.coalesce(
             json_said("messages"),
-            json_said(body.str.json_path_match("$.messages")),
+            json_said("_messages"),
             json_said(pl.when(is_list).then(given)),
         ),
-        tools=json_said(body.str.json_path_match("$.tools")),
-        prompt=pl.coalesce(said(body.str.json_path_match("$.prompt")), said(pl.when(~is_list).then(given))),
+        tools=json_said("_tools"),
+        prompt=pl.coalesce(said("_prompt"), said(pl.when(~is_list).then(given))),
         model=served,
         provider=pl.when(called).then(said("custom_llm_provider")),
         candidates=decision.str.json_path_match("$.candidates"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from training.importers.state import LogFolder, Tally
 # A part is written when its rows are this many, or their text this long: long prompts must not fill the memory.
 PART_BYTES = 1 << 27
 _ANY_ORDER = timedelta(days=365_000).total_seconds()
+Raw = pl.DataFrame | Callable[[], pl.DataFrame] | None  # rows as the source had them, with `ROW`
 _IDS = ("request_id", "model", "propensity")
 
 
@@ -55,7 +56,8 @@ class PartWriter:
         if batch.signals.height:
             self._signals.append(convert(batch.signals, SIGNALS)[0])
         if frame.height:
-            self._take(frame, None if batch.raw is None else batch.raw.with_columns(frame[ROW]))
+            raw = batch.raw
+            self._take(frame, raw.with_columns(frame[ROW]) if isinstance(raw, pl.DataFrame) else raw)
         self._cursor = batch.cursor
         pending = [*self._rows, *self._again, *self._signals]
         if sum(f.height for f in pending) >= self.part_rows or sum(f.estimated_size() for f in pending) >= PART_BYTES:
@@ -69,7 +71,7 @@ class PartWriter:
                 self.flush()
         self.flush()
 
-    def _take(self, frame: pl.DataFrame, raw: pl.DataFrame | None) -> None:
+    def _take(self, frame: pl.DataFrame, raw: Raw) -> None:
         known = already_in(convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0], self._before)
         self._done.known += int(known.sum())
         new = self._valid(frame.filter(~known), raw, self._ids)
@@ -79,11 +81,11 @@ class PartWriter:
         if self.updates and known.any():
             self._again.append(self._valid(frame.filter(known), raw, ValidationState()))
 
-    def _valid(self, frame: pl.DataFrame, raw: pl.DataFrame | None, state: ValidationState) -> pl.DataFrame:
+    def _valid(self, frame: pl.DataFrame, raw: Raw, state: ValidationState) -> pl.DataFrame:
         """The good rows with their joins, as `settle.read_part` gives them."""
         # The order of time is made at the end, so here none runs backwards.
         good, rejects = validate(frame, state=state, max_disorder_s=_ANY_ORDER, now=self.now)
-        self._set_aside(rejects if raw is None else _as_they_were(rejects, raw))
+        self._set_aside(_as_they_were(rejects, raw))
         kept = frame.filter(~pl.col(ROW).is_in(rejects["row"].implode()))
         joins = convert(kept, JOINS)[0].with_columns(pl.when(pl.col(n) != "").then(pl.col(n)).alias(n) for n in JOINS)
         return good.hstack(joins).with_columns(own_quality="quality", own_source="quality_source")
@@ -113,9 +115,10 @@ class PartWriter:
         folder.save()
 
 
-def _as_they_were(rejects: pl.DataFrame, raw: pl.DataFrame) -> pl.DataFrame:
-    """Rejects with their rows as the source had them; `raw` has `ROW`."""
-    if not rejects.height:
+def _as_they_were(rejects: pl.DataFrame, raw: Raw) -> pl.DataFrame:
+    """Rejects with their rows as the source had them."""
+    if not rejects.height or raw is None:
         return rejects
+    found = raw if isinstance(raw, pl.DataFrame) else raw()
     why = rejects.select(pl.col("row").alias(ROW), pl.col("reason").alias(REASON))
-    return rejected(raw.join(why, on=ROW, how="inner", maintain_order="right"), {})
+    return rejected(found.join(why, on=ROW, how="inner", maintain_order="right"), {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -99,10 +99,15 @@ def read_table(
                 done += raw.height
                 nulls = [pl.lit(None, pl.String).alias(name) for name in columns if name not in has]
                 newest = max(newest, after[0])
-                yield Chunk(raw.with_columns(*nulls, rows), raw, no_rejects(), {"time": newest.isoformat()})
+                frame = raw.with_columns(*nulls, rows)
+                yield Chunk(frame, _numbered(raw, rows), no_rejects(), {"time": newest.isoformat()})
     except psycopg.Error as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot read {table!r} of the Postgres: {said}") from None
+
+
+def _numbered(raw: pl.DataFrame, rows: pl.Series) -> Callable[[], pl.DataFrame]:
+    return lambda: raw.with_columns(rows)
 
 
 def _object(column: str, keys: Mapping[str, Sequence[str]]) -> sql.Composable:

@@ -35,8 +35,8 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
     names = {name: columns.get(name, name) for name in NAMES if name not in constants}
     wanted = [*names.values(), *signals.values()]
     for chunk in read_columns(source, wanted, cursor=options.cursor, chunk_rows=options.chunk_rows):
-        # Reading JSON gives an absent key as a column of nulls; elsewhere a name that is wrong is told at once.
-        given = set(chunk.raw.columns) if "__original" not in chunk.raw.columns else None
+        # In JSONL each row has its own keys; elsewhere a name that is wrong is told at once.
+        given = chunk.names
         for name in (*(c for n, c in names.items() if n in columns or n in REQUIRED), *signals.values()):
             if given is not None and name not in given:
                 raise InputError(
@@ -51,7 +51,7 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
         yield Batch(
             rows=rows,
             cursor=chunk.cursor,
-            raw=chunk.raw,
+            raw=chunk.raw_of,
             rejects=chunk.rejects,
             signals=_signals(chunk, rows, signals),
         )

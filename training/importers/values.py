@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from router_ml.errors import InputError
@@ -38,6 +40,25 @@ def number(column: str | pl.Expr) -> pl.Expr:
     """A number out of text or numbers, Float64; null where it is none. NaN and infinities stay, to be rejected."""
     value = pl.col(column) if isinstance(column, str) else column
     return value.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+
+
+def keys_of(column: pl.Series, keys: Sequence[str]) -> pl.DataFrame:
+    """The values of some keys of JSON objects, as text, a column each; null where there is no such key or no object.
+
+    The column is text, or a struct that has these keys already (`files.read_columns`).
+    """
+    if isinstance(column.dtype, pl.Struct):
+        return column.struct.unnest().select(keys)
+    text = column.cast(pl.String)
+    # One pass over the JSON; several, each key by its own, where some of it is broken.
+    lines = text.fill_null("{}").str.replace_all("\n", " ", literal=True).str.replace("^$", "{}")
+    try:
+        found = pl.read_ndjson(lines.str.join("\n").item().encode(), schema=dict.fromkeys(keys, pl.String()))
+        if found.height == len(text):
+            return found
+    except pl.exceptions.PolarsError:
+        pass
+    return text.to_frame("o").select(pl.col("o").str.json_path_match(f"$.{key}").alias(key) for key in keys)
 
 
 def moment(column: str, unit: str | None = None) -> pl.Expr:
