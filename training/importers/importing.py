@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import polars as pl
 
@@ -77,7 +78,7 @@ def import_log(
     chosen = kind_of(kind)
     with open_folder(out) as folder:
         _tell_rules(folder.state, feedback)
-        writer = PartWriter(folder, f"{kind}:{source}", updates=chosen.updates, part_rows=part_rows, now=now)
+        writer = PartWriter(folder, f"{kind}:{_place(source)}", updates=chosen.updates, part_rows=part_rows, now=now)
         _read(writer, chosen.reader, source, settings or {}, part_rows, progress)
         writer.take_signals(signals)
         return _finish(folder, catalog, max_reject_share, part_rows)
@@ -96,6 +97,14 @@ def import_feedback(
         _tell_rules(folder.state, feedback)
         PartWriter(folder, "feedback", updates=False, part_rows=CHUNK_ROWS, now=None).take_signals(signals)
         return _finish(folder, None, 1.0, CHUNK_ROWS)
+
+
+def _place(source: str) -> str:
+    """A source by a name that is the same next time, and that tells no password."""
+    if "://" not in source:
+        return str(Path(source).resolve())
+    parts = urlsplit(source)
+    return f"{parts.scheme.partition('+')[0]}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _tell_rules(state: State, feedback: Sequence[Rule] | None) -> None:
