@@ -250,7 +250,8 @@ def rejected(frame: pl.DataFrame, reasons: Mapping[str, pl.Series]) -> pl.DataFr
         pl.col(REASON) != ""
     )
     originals = said[ORIGINAL].to_list() if ORIGINAL in said.columns else [None] * said.height
-    rows = said.select(c for c in said.columns if not c.startswith("__")).iter_rows(named=True)
+    cells = [c for c in said.columns if not c.startswith("__")]
+    rows = said.select(cells).iter_rows(named=True) if cells else iter([{}] * said.height)
     texts = [
         text if text is not None else json.dumps(plain(row), ensure_ascii=False)
         for text, row in zip(originals, rows, strict=True)

@@ -213,7 +213,7 @@ def _shorter(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(venv: str, url: str, out: str) -> None:
-    """Writes `spend_logs.jsonl`: each row as Postgres makes JSON of it, without most of its nulls."""
+    """Writes `spend_logs.sql`, the table, and `spend_logs.jsonl`, its rows as Postgres makes JSON of them."""
     import tempfile
 
     folder = Path(out)
@@ -222,6 +222,10 @@ def main(venv: str, url: str, out: str) -> None:
         rows = record(Path(venv) / "bin", Path(work), url)
     lines = "".join(json.dumps(_shorter(row), ensure_ascii=False) + "\n" for row in rows)
     (folder / "spend_logs.jsonl").write_text(lines, encoding="utf-8")
+    dump = ["pg_dump", "--schema-only", "--no-owner", "--table", '"LiteLLM_SpendLogs"', libpq(url)]
+    text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    kept = [line for line in text.splitlines() if line and not line.startswith(("--", "SET", "SELECT", "\\"))]
+    (folder / "spend_logs.sql").write_text("\n".join(kept) + "\n", encoding="utf-8")
     print(f"{len(rows)} rows in {folder}")
 
 

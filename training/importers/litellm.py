@@ -130,6 +130,8 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     called = ~pl.col("_cached").fill_null(False)
     error = json_said("error_information")
     decision = json_said("spend_logs_metadata").str.json_path_match(f"$.{OURS}")
+    if settings.get("model") == "model":  # a decision is one between the names that callers use
+        decision = pl.lit(None, pl.String)
     served = said(settings.get("model") or "model_group").fill_null(said("model"))
     asked = pl.when(number("attempted_fallbacks") > 0).then(said("original_model_group"))
     tenant = said(settings["tenant"]) if settings.get("tenant") else pl.coalesce(
