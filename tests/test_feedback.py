@@ -188,3 +188,11 @@ def test_feedback_in_files(tmp_path: Path) -> None:
         list(read_signals(tmp_path / "bare.jsonl"))
     with pytest.raises(InputError, match="no column 'score'"):
         list(read_signals(tmp_path / "bare.jsonl", columns={"score": "value"}))
+
+
+def test_the_rules_of_the_document_are_rules(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "importing.md").read_text(encoding="utf-8")
+    (tmp_path / "feedback.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    assert [rule.kind for rule in load_rules(tmp_path / "feedback.toml")] == [
+        "thumbs", "stars", "score", "labels", "regeneration", "copy"
+    ]  # fmt: skip
