@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, PathArg, bar, say_log
-
-if TYPE_CHECKING:
-    from training.feedback import Rule
-    from training.importers.importing import ImportSummary
 
 LOGGINGS = ["full", "uniform", "mostly-best"]
 _OUT = click.option("--out", required=True, type=PathArg, help="The log directory to make or to add to.")
@@ -198,7 +194,7 @@ def _import(
     _say(summary, out)
 
 
-def _rules(file: Path | None, rules: tuple[str, ...]) -> list[Rule] | None:
+def _rules(file: Path | None, rules: tuple[str, ...]) -> list[Any] | None:
     from training.feedback import load_rules, parse_rule
 
     if file is None and not rules:
@@ -225,7 +221,7 @@ def _pairs(given: Iterable[str], option: str) -> dict[str, str]:
     return found
 
 
-def _say(summary: ImportSummary, out: Path) -> None:
+def _say(summary: Any, out: Path) -> None:
     say_log(summary.log, out)
     click.echo(f"  {summary.added} added, {summary.known} were there already, {summary.updated} say something new")
     for why, count in summary.skipped.items():

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psycopg
 import yaml
-from live_service import free_port, wait_for
+from live_service import ROOT, free_port, wait_for
 from openai_upstream import Upstream, openai_upstream
 from psycopg import sql
 
@@ -78,8 +78,13 @@ async def caller(request, api_key):
 
 
 @contextlib.contextmanager
-def litellm_proxy(bin: Path, folder: Path, upstream: Upstream, url: str, *, prompts: bool) -> Iterator[httpx.Client]:
-    """The proxy, with models that may fail, one fallback, one retry and a cache; `prompts`: whether it keeps them."""
+def litellm_proxy(
+    bin: Path, folder: Path, upstream: Upstream, url: str, *, prompts: bool, router: str | None = None
+) -> Iterator[httpx.Client]:
+    """The proxy, with models that may fail, one fallback, one retry and a cache; `prompts`: whether it keeps them.
+
+    With the URL of a `router` our plugin is in it, too, with its group and the models of the tests' catalogue.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     price = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6}
     config = {
@@ -89,13 +94,13 @@ def litellm_proxy(bin: Path, folder: Path, upstream: Upstream, url: str, *, prom
                 "litellm_params": {"model": f"openai/{name}-2026", "api_base": upstream.url, "api_key": "x"}
                 | (price if name != "silent" else {}),
             }
-            for name in MODELS
+            for name in (*MODELS, *(("router-ml", "frontier", "mid", "hosted", "local") if router else ()))
         ],
         "router_settings": {
             "num_retries": 1, "retry_after": 0, "disable_cooldowns": True, "fallbacks": [{"flaky": ["spare"]}],
         },
         "litellm_settings": {
-            "callbacks": ["recorder.ledger"],
+            "callbacks": ["recorder.ledger", *(["serving.litellm_plugin.router_ml"] if router else [])],
             "cache": True,
             "cache_params": {"type": "local", "mode": "default_off"},
         },
@@ -108,7 +113,10 @@ def litellm_proxy(bin: Path, folder: Path, upstream: Upstream, url: str, *, prom
         process = subprocess.Popen(
             [str(bin / "litellm"), "--config", "config.yaml", "--port", str(port), "--host", "127.0.0.1"],
             cwd=folder,
-            env=os.environ | QUIET | {"SPEND_URL": libpq(url)},
+            env=os.environ
+            | QUIET
+            | {"SPEND_URL": libpq(url), "PYTHONPATH": str(ROOT), "ROUTER_ML_DEADLINE_S": "5"}
+            | {"ROUTER_ML_URL": router or ""},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -11,7 +11,7 @@ import polars as pl
 import psycopg
 import pytest
 from litellm_spend import libpq, litellm_proxy, make_table, rows_of, talk
-from live_service import wait_for
+from live_service import running, wait_for
 from openai_upstream import openai_upstream
 
 from router_ml.conversation import request_of_log_row
@@ -200,16 +200,35 @@ def test_the_names_of_deployments(tmp_path: Path) -> None:
     assert {row["model"] for row in rows(tmp_path / "log")} >= {"openai/small-2026", "openai/large-2026"}
 
 
-def test_the_proxy_of_today_writes_what_the_fixture_has(litellm_bin: Path, postgres_url: str, tmp_path: Path) -> None:
+def test_the_proxy_of_today_writes_what_the_fixture_has(
+    litellm_bin: Path, postgres_url: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
     make_table(postgres_url, litellm_bin)
     with (
+        running(tiny_bundle, tmp_path / "router.db") as live,
         openai_upstream() as upstream,
-        litellm_proxy(litellm_bin, tmp_path / "proxy", upstream, postgres_url, prompts=True) as http,
+        litellm_proxy(
+            litellm_bin, tmp_path / "proxy", upstream, postgres_url, prompts=True, router=str(live.http.base_url)
+        ) as http,
     ):
         wanted = talk(http, upstream)
         wait_for(lambda: len(rows_of(postgres_url)) == wanted, 30)
-    kept = [json.loads(line) for line in EXPORT.read_text().splitlines()]
-    assert {frozenset(row) for row in rows_of(postgres_url)} == {frozenset(row) for row in kept}
-    done = import_log("litellm", libpq(postgres_url), out=tmp_path / "log")
-    assert (done.added, done.skipped) == (14, {MISSING[0]: 2})
-    check_rows(rows(tmp_path / "log"), prompts=True)
+        kept = [json.loads(line) for line in EXPORT.read_text().splitlines()]
+        assert {frozenset(row) for row in rows_of(postgres_url)} == {frozenset(row) for row in kept}
+        done = import_log("litellm", libpq(postgres_url), out=tmp_path / "log")
+        assert (done.added, done.skipped) == (14, {MISSING[0]: 2})
+        check_rows(rows(tmp_path / "log"), prompts=True)
+
+        # What our plugin decides stands in the spend log, whatever the caller says of it.
+        forged = {"spend_logs_metadata": {"router_ml": {"propensity": 0.001}, "mine": 1}}
+        body = {"model": "router-ml", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "metadata": forged}
+        assert http.post("/v1/chat/completions", json=body).is_success
+        wait_for(lambda: len(rows_of(postgres_url)) == wanted + 1, 30)
+        import_log("litellm", libpq(postgres_url), out=tmp_path / "log")
+        assert live.service.store.flush()
+        (decision,) = live.service.store.iter_log_rows()
+    row = rows(tmp_path / "log")[-1]
+    same = ("model", "propensity", "policy_version", "fallback_from")
+    assert [row[name] for name in same] == [decision[name] for name in same]
+    assert sorted(row["candidates"]) == sorted(decision["candidates"])
+    assert rows_of(postgres_url)[-1]["metadata"]["spend_logs_metadata"]["mine"] == 1
