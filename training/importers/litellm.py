@@ -44,17 +44,11 @@ CALLS = (
 )  # fmt: skip
 OURS = "router_ml"  # what the plugin says of its decision, in `spend_logs_metadata`
 # What is wanted of JSON columns: `metadata` alone is some 11 kB a row, most of it the model's entry in the price list.
-_METADATA: dict[str, tuple[str, ...]] = {
-    "attempted_fallbacks": (),
-    "attempted_retries": (),
-    "original_model_group": (),
-    "error_information": ("error_code", "error_class", "llm_provider"),
-    "internal_call_origin": (),
-    "is_silent_experiment": (),
-    "billed_retry_attempt": (),
-    "spend_logs_metadata": (OURS,),
-}
-_BODY: dict[str, tuple[str, ...]] = {"messages": (), "tools": (), "prompt": (), "input": ()}
+_METADATA = (
+    "attempted_fallbacks", "attempted_retries", "original_model_group", "error_information", "internal_call_origin",
+    "is_silent_experiment", "billed_retry_attempt", "spend_logs_metadata",
+)  # fmt: skip
+_BODY = ("messages", "tools", "prompt", "input")
 MODEL_COLUMNS = ("model_group", "model")
 TENANT_COLUMNS = ("team_id", "organization_id", "end_user", "api_key")
 
@@ -98,7 +92,7 @@ def is_postgres(source: str) -> bool:
 
 def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """The rows that are requests of callers, with `metadata`'s fields as columns; how many others there are, by why."""
-    frame = frame.hstack(keys_of(frame["metadata"], list(_METADATA)))
+    frame = frame.hstack(keys_of(frame["metadata"], _METADATA))
     failed = pl.col("status").cast(pl.String) == "failure"
     # A wrong key, a spent budget, a model that it does not have: LiteLLM then has no deployment, or guesses one, but
     # knows of no attempt and of no provider that failed.
@@ -125,7 +119,7 @@ def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
 def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     times, _ = convert(frame, {"startTime": LOG_SCHEMA["time"], "endTime": LOG_SCHEMA["time"]})
     took = (times["endTime"] - times["startTime"]).dt.total_microseconds() / 1000
-    body = keys_of(frame["proxy_server_request"], list(_BODY)).rename(lambda name: f"_{name}")
+    body = keys_of(frame["proxy_server_request"], _BODY).rename(lambda name: f"_{name}")
     frame = frame.hstack(body).with_columns(_took=took, _cached=said("cache_hit").str.to_lowercase() == "true")
     called = ~pl.col("_cached").fill_null(False)
     error = json_said("error_information")

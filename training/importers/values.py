@@ -51,7 +51,11 @@ def keys_of(column: pl.Series, keys: Sequence[str]) -> pl.DataFrame:
         return column.struct.unnest().select(keys)
     text = column.cast(pl.String)
     # One pass over the JSON; several, each key by its own, where some of it is broken.
-    lines = text.fill_null("{}").str.replace_all("\n", " ", literal=True).str.replace("^$", "{}")
+    lines = text.fill_null("{}")
+    if (lines == "").any():
+        lines = lines.replace("", "{}")
+    if lines.str.contains("\n", literal=True).any():
+        lines = lines.str.replace_all("\n", " ", literal=True)
     try:
         found = pl.read_ndjson(lines.str.join("\n").item().encode(), schema=dict.fromkeys(keys, pl.String()))
         if found.height == len(text):
