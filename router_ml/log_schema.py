@@ -291,13 +291,16 @@ def _duplicates(rows: pl.DataFrame, bad: pl.Series, state: ValidationState) -> p
     return duplicate
 
 
-def already_in(rows: pl.DataFrame, state: ValidationState) -> pl.Series:
+def already_in(rows: pl.DataFrame, state: ValidationState, *, one_a_request: bool = False) -> pl.Series:
     """Which rows (`request_id`, `model`, `propensity`) stand in the log that `state` has seen; bool [n].
 
-    A request that was sent to several models is there for a model only where that model's row is.
+    A request that was sent to several models is there for a model only where that model's row is, unless there is
+    `one_a_request`: then the model of a row may be another one when it is read again.
     """
     keys = _keys(rows)
     single = state.single.contains(keys["id"].to_numpy())
+    if one_a_request:
+        return pl.Series(single | state.full.contains(keys["id"].to_numpy()))
     pair = state.full_pairs.contains(keys["pair"].to_numpy())
     return pl.Series(single | (pair & keys["full"].to_numpy()))
 

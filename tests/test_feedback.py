@@ -70,6 +70,8 @@ def quality(rows: pl.DataFrame, said: pl.DataFrame, rules: list[Rule], **own: An
         ("x=regeneration,quality=0.2", None, None, 0.2),
         ("x=copy", None, "copied", 1.0),
         ("x=copy", 0, None, None),
+        ("x=thumbs", float("nan"), None, None),
+        ("x=score", float("inf"), None, None),
     ],
 )
 def test_what_a_signal_means(rule: str, value: float | None, label: str | None, q: float | None) -> None:

@@ -369,6 +369,14 @@ def test_our_own_store_with_outcomes_that_come_later(store: Store, tmp_path: Pat
     stored = {row["request_id"]: row for row in store.iter_log_rows()}
     same = read_log(out).drop("quality", "quality_source").to_dicts()
     assert all({k: stored[row["request_id"]][k] for k in row} == row for row in same)
+    # A choice without alternatives has propensity 1; that another model served is no second row of it.
+    sure = decision(propensity=1.0)
+    assert store.record(request(key="k"), sure, provider="acme") and store.flush()
+    assert import_log("store", url, out=out).added == 1
+    fell = Outcome(decision_id=sure.decision_id, status="ok", served_model="frontier")
+    store.add_outcome(fell, key="k").result(10)
+    last = import_log("store", url, out=out)
+    assert (last.added, last.updated, last.log.rows) == (0, 1, 6)
     with pytest.raises(InputError, match="no store at"):
         import_log("store", str(tmp_path / "no.db"), out=out)
 

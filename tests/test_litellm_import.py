@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from litellm_spend import libpq, litellm_proxy, make_table, rows_of, talk
 from live_service import running, wait_for
 from openai_upstream import openai_upstream
 
+from router_ml.catalog import Catalog
 from router_ml.conversation import request_of_log_row
 from router_ml.errors import InputError
 from router_ml.logs import read_log, read_log_info
+from training.dataset import build_dataset, reliability
+from training.feedback import parse_rule
 from training.importers import postgres
 from training.importers.importing import ImportSummary, import_log
+from training.importers.signals import read_signals
 
 FIXTURE = Path(__file__).parent / "fixtures" / "litellm"
 EXPORT = FIXTURE / "spend_logs.jsonl"
@@ -102,6 +107,30 @@ def test_an_export_in_json_lines(imported: tuple[ImportSummary, Path]) -> None:
     check_rows(with_prompts, prompts=True)
     check_rows(without, prompts=False)
     assert read_log_info(out)["meta"]["sources"] == [f"litellm:{EXPORT}"]
+
+
+def test_rows_without_a_prompt_count_for_reliability_and_feedback_makes_labels(
+    tmp_path: Path, catalog: Catalog
+) -> None:
+    names = dict(zip(("frontier", "mid", "hosted", "local"), ("large", "small", "spare", "flaky"), strict=True))
+    cards = Catalog(tuple(replace(card, id=names[card.id]) for card in catalog))
+    first = json.loads(EXPORT.read_text().splitlines()[0])
+    (tmp_path / "votes.csv").write_text(
+        f"response_id,trace_id,value\nanswer-2,,1\n,{first['litellm_call_id']},-1\nanswer-9,,1\n"
+    )
+    votes = read_signals(tmp_path / "votes.csv", source="thumbs")
+    rules = [parse_rule("thumbs=thumbs")]
+    done = import_log("litellm", str(EXPORT), out=tmp_path / "log", catalog=cards, feedback=rules, signals=votes)
+    assert (done.signals, done.unjoined, done.requality) == (3, 0, 3) and done.without_card == {"silent": 2}
+    log = read_log(tmp_path / "log")
+    data = build_dataset(log, cards)  # answer-9 has no prompt: its vote cannot be learnt from
+    assert int(data.observed.sum()) == 2
+    large, small, flaky = (cards.index[name] for name in ("large", "small", "flaky"))
+    failure = reliability(log, cards).failure
+    assert failure[large] > failure[small] and failure[flaky] > failure[small]
+    # Rows without a prompt are half of it: with them there is twice the evidence, which is shrunk less.
+    text = log.filter(pl.col("messages").is_not_null() | pl.col("prompt").is_not_null())
+    assert len(text) == len(log) / 2 and failure[large] > reliability(text, cards).failure[large]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "text.jsonl"])

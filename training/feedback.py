@@ -181,6 +181,8 @@ def apply_rules(signals: pl.DataFrame, rules: Sequence[Rule]) -> pl.DataFrame:
 
     The first rule whose `source` matches is a signal's.
     """
+    finite = [pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in ("value", "weight")]
+    signals = signals.with_columns(finite)
     rule = pl.lit(None, pl.Int64)
     for at, one in reversed(list(enumerate(rules))):
         # fnmatch's translation ends in \z or \Z, by Python's version: the regex of polars has \z alone.

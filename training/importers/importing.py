@@ -21,7 +21,7 @@ import polars as pl
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.log_writer import LOG_FORMAT, LogHash, LogSummary, keep_rejects, too_many_rejects
-from router_ml.rawfiles import CHUNK_ROWS
+from router_ml.rawfiles import CHUNK_ROWS, REJECT_SCHEMA
 from training.feedback import Rule, rule_of
 from training.importers.batch import Reader, ReadOptions
 from training.importers.kinds import kind_of
@@ -144,12 +144,11 @@ def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float,
     in_order(folder, part_rows)
     updated = take_updates(folder)
     signals, requality = take_feedback(folder, [rule_of(rule, str(folder.path)) for rule in state.rules])
-    _keep_rejects(folder)
+    rejects = _keep_rejects(folder)
     parts = [{"file": part.file, "rows": part.rows} for part in state.parts]
     sha256 = before["sha256"] if before.get("parts") == parts else _hash(folder)
     cards = catalog.to_json() if catalog is not None else before.get("catalog")
     without_card = _without_card(folder, Catalog.from_json(cards)) if cards is not None else None
-    state.whole = state.whole.plus(run)
     state.run = Tally()
     first, last = (datetime.fromisoformat(f(moments)) for f, moments in (
         (min, [part.first for part in state.parts]), (max, [part.last for part in state.parts])
@@ -166,8 +165,8 @@ def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float,
     info = {
         "format": LOG_FORMAT,
         "rows": summary.rows,
-        "rejected": state.whole.rejected,
-        "reject_reasons": dict(state.whole.reasons.most_common()),
+        "rejected": rejects.height,
+        "reject_reasons": dict(rejects["reason"].str.split("; ").explode().value_counts(sort=True).iter_rows()),
         "logging": None,
         "first": first.isoformat(),
         "last": last.isoformat(),
@@ -193,13 +192,18 @@ def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float,
     )
 
 
-def _keep_rejects(folder: LogFolder) -> None:
-    """Adds this import's rejects to `rejects.parquet`; each is there once, were they added before a kill or after."""
+def _keep_rejects(folder: LogFolder) -> pl.DataFrame:
+    """Adds this import's rejects to `rejects.parquet`, those that are there already left out; returns all of them."""
     kept = folder.path / "rejects.parquet"
-    files = [kept] * kept.is_file() + [folder.path / name for name in folder.state.rejects]
-    if folder.state.rejects:
-        folder.write_as(pl.concat([pl.read_parquet(f) for f in files]).unique(maintain_order=True), kept.name)
-        folder.state.rejects = []
+    old = pl.read_parquet(kept) if kept.is_file() else pl.DataFrame(schema=REJECT_SCHEMA)
+    if not folder.state.rejects:
+        return old
+    new = pl.concat([pl.read_parquet(folder.path / name) for name in folder.state.rejects])
+    # A source that is read again in part says the same of the same row, under another number.
+    rejects = pl.concat([old, new.join(old, on=["reason", "original"], how="anti", maintain_order="left")])
+    folder.write_as(rejects, kept.name)
+    folder.state.rejects = []
+    return rejects
 
 
 def _hash(folder: LogFolder) -> str:

@@ -15,7 +15,7 @@ class Kind:
     """A kind of source: the module whose `read` reads it, and what it is in words.
 
     With `updates` a row that is read again replaces the one in the log, where it says something else: an outcome that
-    came later. Otherwise the first one stays.
+    came later; such a source has one row a request. Otherwise the first one stays.
     """
 
     module: str

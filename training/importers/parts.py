@@ -72,7 +72,8 @@ class PartWriter:
         self.flush()
 
     def _take(self, frame: pl.DataFrame, raw: Raw) -> None:
-        known = already_in(convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0], self._before)
+        ids = convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0]
+        known = already_in(ids, self._before, one_a_request=self.updates)
         self._done.known += int(known.sum())
         new = self._valid(frame.filter(~known), raw, self._ids)
         self._done.added += new.height

@@ -56,7 +56,7 @@ class Tally:
 
 @dataclass
 class State:
-    """All that `import.json` says. `run` counts the import under way, `whole` all that are finished.
+    """All that `import.json` says. `run` counts the import under way.
 
     `cursors` has each source's by its name; `signals`, `updates` and `rejects` are files that are not in the log yet,
     or, for signals, that are to be joined again whenever rows or rules change. `rules` are the feedback's.
@@ -69,7 +69,6 @@ class State:
     rejects: list[str] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
     run: Tally = field(default_factory=Tally)
-    whole: Tally = field(default_factory=Tally)
 
     def files(self) -> set[str]:
         """The names of all files that belong to the log."""
@@ -81,7 +80,7 @@ class State:
         said = {f.name: getattr(self, f.name) for f in fields(self)}
         said["parts"] = [asdict(part) for part in self.parts]
         # Not asdict: it makes a Counter of a Counter's pairs.
-        return {"format": STATE_FORMAT, **said, "run": dict(vars(self.run)), "whole": dict(vars(self.whole))}
+        return {"format": STATE_FORMAT, **said, "run": dict(vars(self.run))}
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> State:
@@ -89,13 +88,9 @@ class State:
         if said.get("format") != STATE_FORMAT:
             raise ValueError("of another version")
         kept = {name: said[name] for name in ("cursors", "signals", "updates", "rejects", "rules")}
-        return cls(
-            parts=[Part(**p) for p in said["parts"]], run=_tally(said["run"]), whole=_tally(said["whole"]), **kept
-        )
-
-
-def _tally(said: dict[str, Any]) -> Tally:
-    return Tally(**said | {"reasons": Counter(said["reasons"]), "skipped": Counter(said["skipped"])})
+        run = Tally(**said["run"])
+        run.reasons, run.skipped = Counter(run.reasons), Counter(run.skipped)
+        return cls(parts=[Part(**part) for part in said["parts"]], run=run, **kept)
 
 
 class LogFolder:
