@@ -114,6 +114,8 @@ class Catalog:
     @classmethod
     def from_json(cls, data: Any, source: str = "catalogue") -> Catalog:
         """Builds a catalogue from parsed JSON. Raises InputError that names the model and the field."""
+        if data is None:
+            raise InputError(f"{source} has no model cards: give --catalog FILE")
         models = data.get("models") if isinstance(data, Mapping) else None
         if not isinstance(models, list):
             raise InputError(f"{source}: expected an object with an array 'models' of model cards")

@@ -13,6 +13,7 @@ import click
 from router_ml import __version__
 from router_ml.audit_cli import audit
 from router_ml.evaluate_cli import evaluate, promote
+from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
 from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
@@ -31,7 +32,7 @@ def _logging(default: str) -> Callable[[Any], Any]:
     """The logging policy: what the log knows of every request."""
     return click.option(
         "--logging",
-        type=click.Choice(["full", "uniform", "mostly-best"]),
+        type=click.Choice(LOGGINGS),
         default=default,
         show_default=True,
         help="Every model's outcome, one drawn evenly, or mostly the best model's.",
@@ -42,44 +43,6 @@ def _logging(default: str) -> Callable[[Any], Any]:
 @click.version_option(__version__, prog_name="router-ml")
 def main() -> None:
     """Learn from logged outcomes which model is the cheapest that is likely good enough, and serve the decision."""
-
-
-@main.group("import")
-def import_() -> None:
-    """Bring outcomes from elsewhere into a request log."""
-
-
-@import_.command("outcomes")
-@click.argument("file", type=ExistingFile)
-@click.option("--catalog", required=True, type=ExistingFile, help="Model cards, JSON.")
-@_logging("full")
-@click.option("--out", required=True, type=PathArg, help="The log directory to write.")
-@click.option("--split", help="Only rows whose column 'split' has this value.")
-@click.option(
-    "--preamble-tokens", default=0, show_default=True, help="Input tokens that each prompt has beside its text."
-)
-@click.option(
-    "--max-reject-share", default=0.05, show_default=True, help="Past this share of bad rows nothing is written."
-)
-@SEED
-@click.option("--overwrite", is_flag=True, help="Replace an existing log.")
-def import_outcomes(
-    file: Path, catalog: Path, logging: Any, out: Path, split: str | None, preamble_tokens: int,
-    max_reject_share: float, seed: int, overwrite: bool,
-) -> None:  # fmt: skip
-    """Turn an outcome matrix FILE (a row a prompt, columns correct/MODEL or quality/MODEL) into a log.
-
-    Example: router-ml import outcomes mmlu_pro.parquet --catalog catalog.json --logging uniform --out logs
-    """
-    from router_ml.catalog import Catalog
-    from training import outcomes
-
-    with bar("rows") as rows:
-        summary = outcomes.import_outcomes(
-            file, Catalog.load(catalog), logging=logging, out=out, split=split, preamble_tokens=preamble_tokens,
-            max_reject_share=max_reject_share, seed=seed, overwrite=overwrite, progress=rows,
-        )  # fmt: skip
-    say_log(summary, out)
 
 
 @main.command()
@@ -266,6 +229,7 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 
 main.add_command(audit)
+main.add_command(import_)
 main.add_command(serve)
 for command in (tune, compare, explore, evaluate, promote, rollback, watch, history):
     main.add_command(command)

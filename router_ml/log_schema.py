@@ -263,12 +263,9 @@ def _wrong_times(
 
 def _duplicates(rows: pl.DataFrame, bad: pl.Series, state: ValidationState) -> pl.Series:
     """Rows whose request_id came before in a row that is not bad; `state` takes up the ids of the rows that stay."""
-    keys = rows.select(
-        id=pl.col("request_id").hash(1),
-        pair=pl.struct("request_id", "model").hash(2),
-        full=(pl.col("propensity") == 1.0).fill_null(False),
-        ok=~pl.lit(bad) & pl.col("request_id").is_not_null(),
-    ).with_columns(at=pl.int_range(pl.len(), dtype=pl.Int64))
+    keys = _keys(rows).with_columns(
+        ok=~bad & rows["request_id"].is_not_null(), at=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
     ids = keys["id"].to_numpy()
     was_single, was_full = state.single.contains(ids), state.full.contains(ids)
     if was_single.any() or was_full.any() or keys["id"].n_unique() < keys.height:
@@ -292,11 +289,39 @@ def _duplicates(rows: pl.DataFrame, bad: pl.Series, state: ValidationState) -> p
         duplicate = keys.select(rule & rows["request_id"].is_not_null()).to_series()
     else:
         duplicate = pl.repeat(False, keys.height, eager=True)
-    new = keys.filter(pl.col("ok") & ~pl.lit(duplicate))
-    state.single.add(new.filter(~pl.col("full"))["id"].to_numpy())
-    state.full.add(new.filter("full")["id"].to_numpy())
-    state.full_pairs.add(new.filter("full")["pair"].to_numpy())
+    take_up(rows.filter(keys["ok"] & ~duplicate), state)
     return duplicate
+
+
+def already_in(rows: pl.DataFrame, state: ValidationState, *, one_a_request: bool = False) -> pl.Series:
+    """Which rows (`request_id`, `model`, `propensity`) stand in the log that `state` has seen; bool [n].
+
+    A request that was sent to several models is there for a model only where that model's row is, unless there is
+    `one_a_request`: then the model of a row may be another one when it is read again.
+    """
+    keys = _keys(rows)
+    single = state.single.contains(keys["id"].to_numpy())
+    if one_a_request:
+        return pl.Series(single | state.full.contains(keys["id"].to_numpy()))
+    pair = state.full_pairs.contains(keys["pair"].to_numpy())
+    return pl.Series(single | (pair & keys["full"].to_numpy()))
+
+
+def take_up(rows: pl.DataFrame, state: ValidationState) -> None:
+    """Tells `state` of rows (`request_id`, `model`, `propensity`) that a log holds already."""
+    keys = _keys(rows)
+    full = keys.filter("full")
+    state.single.add(keys.filter(~pl.col("full"))["id"].to_numpy())
+    state.full.add(full["id"].to_numpy())
+    state.full_pairs.add(full["pair"].to_numpy())
+
+
+def _keys(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.select(
+        id=pl.col("request_id").hash(1),
+        pair=pl.struct("request_id", "model").hash(2),
+        full=(pl.col("propensity") == 1.0).fill_null(False),
+    )
 
 
 def _nulls(dtype: pl.DataType, height: int) -> pl.Series:

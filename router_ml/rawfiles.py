@@ -195,33 +195,40 @@ def read_jsonl(path: Path, chunk_rows: int) -> Iterator[RawChunk]:
     with path.open("rb") as file:
         lines = (line for line in file if line.strip())
         while batch := list(islice(lines, chunk_rows)):
-            objects: list[dict[str, Any]] = []
-            numbers: list[int] = []
-            originals: list[str] = []
-            broken: list[BrokenRow] = []
-            for number, line in enumerate(batch, start=done + 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    value = json.loads(text)
-                    if "\\u" in text and not _encodable(json.dumps(value, ensure_ascii=False)):
-                        raise UnicodeError("an escape in the line is half a surrogate pair")
-                except UnicodeError:
-                    broken.append(
-                        BrokenRow(number, BROKEN_UTF8, json.dumps(line.strip().decode("utf-8", "surrogateescape")))
-                    )
-                    continue
-                except (ValueError, RecursionError):
-                    broken.append(BrokenRow(number, "not valid JSON", json.dumps(text)))
-                    continue
-                if not isinstance(value, dict):
-                    broken.append(BrokenRow(number, "not a JSON object", text.strip()))
-                    continue
-                objects.append(value)
-                numbers.append(number)
-                originals.append(text.strip())
+            chunk = jsonl_chunk(batch, done)
             done += len(batch)
-            names.update(dict.fromkeys(name for value in objects for name in value))
-            yield RawChunk({name: [o.get(name) for o in objects] for name in names}, numbers, originals, broken)
+            names.update(dict.fromkeys(chunk.columns))
+            height = len(chunk.rows)
+            columns = {name: chunk.columns.get(name) or [None] * height for name in names}
+            yield RawChunk(columns, chunk.rows, chunk.originals, chunk.broken)
+
+
+def jsonl_chunk(batch: list[bytes], done: int) -> RawChunk:
+    """Some lines of a JSONL file, none of them empty, after the first `done` ones; see `read_jsonl`."""
+    objects: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    originals: list[str] = []
+    broken: list[BrokenRow] = []
+    for number, line in enumerate(batch, start=done + 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            value = json.loads(text)
+            if "\\u" in text and not _encodable(json.dumps(value, ensure_ascii=False)):
+                raise UnicodeError("an escape in the line is half a surrogate pair")
+        except UnicodeError:
+            broken.append(BrokenRow(number, BROKEN_UTF8, json.dumps(line.strip().decode("utf-8", "surrogateescape"))))
+            continue
+        except (ValueError, RecursionError):
+            broken.append(BrokenRow(number, "not valid JSON", json.dumps(text)))
+            continue
+        if not isinstance(value, dict):
+            broken.append(BrokenRow(number, "not a JSON object", text.strip()))
+            continue
+        objects.append(value)
+        numbers.append(number)
+        originals.append(text.strip())
+    names = dict.fromkeys(name for value in objects for name in value)
+    return RawChunk({name: [o.get(name) for o in objects] for name in names}, numbers, originals, broken)
 
 
 def _encodable(text: str) -> bool:
@@ -243,7 +250,8 @@ def rejected(frame: pl.DataFrame, reasons: Mapping[str, pl.Series]) -> pl.DataFr
         pl.col(REASON) != ""
     )
     originals = said[ORIGINAL].to_list() if ORIGINAL in said.columns else [None] * said.height
-    rows = said.select(c for c in said.columns if not c.startswith("__")).iter_rows(named=True)
+    cells = [c for c in said.columns if not c.startswith("__")]
+    rows = said.select(cells).iter_rows(named=True) if cells else iter([{}] * said.height)
     texts = [
         text if text is not None else json.dumps(plain(row), ensure_ascii=False)
         for text, row in zip(originals, rows, strict=True)

@@ -35,6 +35,7 @@ FIELDS = "router_ml"  # the metadata of a request, a key or a team under which t
 _DECISION = (
     "router_ml_decision"  # the metadata by which callbacks find the decision again: random, so nobody guesses it
 )
+_SPEND_LOG = "spend_logs_metadata"
 _FROM_BODY = ("tools", "functions", "response_format", "max_tokens", "max_completion_tokens")
 _FROM_METADATA = frozenset(RouteFields.__annotations__) - set(_FROM_BODY) - {"explain"}
 _OPEN = 10_000  # decisions that wait for their outcome; the oldest is given up, its request was broken off
@@ -172,7 +173,11 @@ class RouterML(CustomLogger):  # type: ignore[misc]
                 self._open.popitem(last=False)
         # Where LiteLLM keeps metadata of its own, `metadata` is the provider's and goes upstream.
         own = "litellm_metadata" if isinstance(data.get("litellm_metadata"), dict) else "metadata"
-        return {**data, "model": decision.model, **fallbacks, own: {**(data.get(own) or {}), _DECISION: token}}
+        given = data.get(own) or {}
+        # Of a request's metadata LiteLLM's spend log keeps this alone; `router-ml import litellm` reads it there.
+        said = given.get(_SPEND_LOG)
+        kept = {**(said if isinstance(said, Mapping) else {}), FIELDS: _for_spend_log(decision)}
+        return {**data, "model": decision.model, **fallbacks, own: {**given, _DECISION: token, _SPEND_LOG: kept}}
 
     async def acompletion(self, router: Any, **request: Any) -> Any:
         """`router.acompletion` of an SDK Router, routed. Raises what that and `routed` do."""
@@ -256,6 +261,17 @@ class RouterML(CustomLogger):  # type: ignore[misc]
             )
             self._clients[loop] = make()
         return self._clients[loop]
+
+
+def _for_spend_log(decision: Routed) -> dict[str, Any]:
+    """What an evaluation has to know of a decision; the propensity only where the service made it."""
+    said = {
+        "decision_id": decision.decision_id,
+        "policy_version": decision.policy_version,
+        "propensity": decision.raw.get("propensity"),
+        "candidates": [decision.model, *decision.fallbacks],
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _token(holder: Mapping[str, Any] | None) -> str:

@@ -47,6 +47,33 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def litellm_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a new venv that has LiteLLM at its own pins."""
+    import subprocess
+    import sys
+    import venv
+
+    folder = tmp_path_factory.mktemp("litellm") / "venv"
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [
+            *pip,
+            "--no-compile",
+            "--no-deps",
+            "-r",
+            str(Path(__file__).parents[1] / "tests" / "litellm-requirements.txt"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "bin"
+
+
 @pytest.fixture
 def postgres_url() -> Iterator[str]:
     """A new, empty Postgres database; where none can be made the test is skipped, which CI lets fail."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from typing import Any
 class Upstream:
     """`asked` are the models in the order of the calls; `fails` maps a model to the status that it answers with.
 
-    400 is what providers say of a request that is too long.
+    400 is what providers say of a request that is too long. `silent` are the models whose streams say no usage.
     """
 
     url: str = ""
     asked: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     fails: dict[str, int] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
 
     def reset(self, **fails: int) -> None:
         self.asked.clear()
@@ -35,7 +37,7 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 @contextlib.contextmanager
 def openai_upstream() -> Iterator[Upstream]:
     """Serves on a free port of 127.0.0.1."""
-    state = Upstream()
+    state, ids = Upstream(), itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -50,7 +52,7 @@ def openai_upstream() -> Iterator[Upstream]:
                 error = {"message": f"{long}{model} is told to fail", "type": "t", "code": str(status)}
                 self._json(status, {"error": error})
                 return
-            base = {"id": "c", "created": 1, "model": model}
+            base = {"id": f"answer-{next(ids)}", "created": 1, "model": model}
             if body.get("stream"):
                 self._stream(base)
                 return
@@ -77,7 +79,8 @@ def openai_upstream() -> Iterator[Upstream]:
             chunk = base | {"object": "chat.completion.chunk"}
             for choice in ({"delta": {"role": "assistant", "content": "so"}}, {"delta": {}, "finish_reason": "stop"}):
                 self._event(chunk | {"choices": [{"index": 0} | choice]})
-            self._event(chunk | {"choices": [], "usage": USAGE})
+            if base["model"] not in state.silent:
+                self._event(chunk | {"choices": [], "usage": USAGE})
             self.wfile.write(b"data: [DONE]\n\n")
             self.close_connection = True
 

@@ -23,7 +23,7 @@ MAX_LINES = 350
 PRODUCT = sorted(path for folder in MAY for path in (ROOT / folder).rglob("*.py"))
 FRONT_DOOR = ROOT / "router_ml" / "cli.py"
 FRONT_DOORS = {FRONT_DOOR} | {
-    ROOT / "router_ml" / f"{name}_cli.py" for name in ("serve", "tune", "evaluate", "rollout")
+    ROOT / "router_ml" / f"{name}_cli.py" for name in ("import", "serve", "tune", "evaluate", "rollout")
 }
 
 

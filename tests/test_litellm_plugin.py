@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +66,6 @@ async def caller(request, api_key):
     team = {"sk-team": {"router_ml": {"region": "us"}}}.get(api_key, {})
     return UserAPIKeyAuth(api_key=api_key, metadata=own, team_metadata=team)
 """
-
-
-@pytest.fixture(scope="module")
-def litellm_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new venv that has LiteLLM at its own pins."""
-    folder = tmp_path_factory.mktemp("litellm") / "venv"
-    venv.create(folder)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*pip, "--no-compile", "--no-deps", "-r", str(ROOT / "tests" / "litellm-requirements.txt")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "bin"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""Exported files in chunks of text columns, fast: polars reads, and Python only a chunk that polars refuses.
+
+Numbers and times come as text, nested JSON as its JSON text, so that whoever maps them decides how to read them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as arrow_csv
+
+from router_ml.errors import InputError
+from router_ml.rawfiles import ORIGINAL, REJECT_SCHEMA, ROW, RawChunk, jsonl_chunk, read_csv
+from training.importers.batch import no_rejects
+
+CHUNK_BYTES = 1 << 26
+_HEAD = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of a file. `frame` has `ROW` and every wanted column: text in CSV and JSONL, as found in Parquet, null where
+    it is absent; one of which keys are wanted may be a struct of texts. `cursor` goes on after them.
+
+    `raw_of` gives the rows as they stood in the file, with `ROW`; it costs, and few chunks have rejects. `names` are
+    the file's columns, None where each row has its own.
+    """
+
+    frame: pl.DataFrame
+    raw_of: Callable[[], pl.DataFrame]
+    rejects: pl.DataFrame
+    cursor: dict[str, Any]
+    names: tuple[str, ...] | None = None
+
+    @property
+    def raw(self) -> pl.DataFrame:
+        """The rows as they stood in the file, one for each of `frame`."""
+        return self.raw_of().drop(ROW)
+
+
+def read_columns(
+    file: str | Path,
+    wanted: Iterable[str],
+    *,
+    cursor: Mapping[str, Any] | None = None,
+    chunk_rows: int = 100_000,
+    keys: Mapping[str, Iterable[str]] | None = None,
+) -> Iterator[Chunk]:
+    """Reads the wanted columns of a .parquet, .csv, .jsonl or .ndjson file, from a chunk's cursor on.
+
+    `keys` says of columns with JSON objects which keys are wanted: where JSONL has them as objects, which need not be,
+    the column comes as a struct of texts (`values.keys_of` reads either), and the rest of the object is passed over.
+    A file that grew is read from where the cursor was; one whose beginning has changed from its first row. Raises
+    InputError for a file that is missing, of another kind or damaged as a whole.
+    """
+    path, names = Path(file), list(dict.fromkeys(wanted))
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: correct the path")
+    at = dict(cursor or {})
+    if not _same(path, at):
+        at = {}
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
+        yield from _jsonl(path, _schema(names, keys or {}), at)
+    elif kind == ".csv":
+        yield from _csv(path, names, at, chunk_rows)
+    else:
+        yield from _parquet(path, names, at, chunk_rows)
+
+
+def _mark(path: Path, row: int, offset: int) -> dict[str, Any]:
+    with path.open("rb") as file:
+        head = file.read(min(_HEAD, offset) if offset else _HEAD)
+    return {"row": row, "offset": offset, "head": len(head), "sha256": hashlib.sha256(head).hexdigest()}
+
+
+def _same(path: Path, at: Mapping[str, Any]) -> bool:
+    if not at or path.stat().st_size < max(at["offset"], at["head"]):
+        return False
+    with path.open("rb") as file:
+        return bool(hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"])
+
+
+def _schema(names: list[str], keys: Mapping[str, Iterable[str]]) -> dict[str, pl.DataType]:
+    structs = {name: pl.Struct(dict.fromkeys(inner, pl.String())) for name, inner in keys.items()}
+    return {name: structs.get(name, pl.String()) for name in names}
+
+
+def _jsonl(path: Path, schema: Mapping[str, pl.DataType], at: Mapping[str, Any]) -> Iterator[Chunk]:
+    row, offset = at.get("row", 0), at.get("offset", 0)
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = b""
+        while block := file.read(CHUNK_BYTES):
+            cut = block.rfind(b"\n") + 1
+            if not cut:
+                rest += block
+                continue
+            data, rest = b"".join((rest, memoryview(block)[:cut])), block[cut:]
+            offset += len(data)
+            frame, raw_of, rejects, read = _lines(data, schema, row)
+            row += read
+            yield Chunk(frame, raw_of, rejects, _mark(path, row, offset))
+        if rest.strip():
+            # A last line without newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
+            frame, raw_of, rejects, read = _lines(rest, schema, row)
+            whole = frame.height > 0
+            yield Chunk(frame, raw_of, rejects, _mark(path, row + whole, offset + len(rest) * whole))
+
+
+def _lines(
+    data: bytes, schema: Mapping[str, pl.DataType], done: int
+) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
+    """Some lines as (columns, their text, the lines that are no JSON object, how many there were)."""
+    if done == 0:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    plain = dict.fromkeys(schema, pl.String())
+    for attempt in [schema] if schema == plain else [schema, plain]:
+        try:
+            frame = pl.read_ndjson(data, schema=attempt) if data.strip() else pl.DataFrame(schema=attempt)
+        except pl.exceptions.PolarsError:
+            continue
+        if frame.height != data.count(b"\n") + (not data.endswith(b"\n")):
+            break  # empty lines, or something that polars takes for one
+        rows = pl.int_range(done + 1, done + frame.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
+        return frame.with_columns(rows), partial(_text_of, data, rows), no_rejects(), frame.height
+    return _by_line(data, plain, done)
+
+
+def _text_of(data: bytes, rows: pl.Series) -> pl.DataFrame:
+    lines = pl.Series(ORIGINAL, [data.decode().removesuffix("\n")], dtype=pl.String).str.split("\n").explode()
+    return pl.DataFrame([lines.str.strip_chars(), rows])
+
+
+def _by_line(
+    data: bytes, schema: Mapping[str, pl.DataType], done: int
+) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    chunk = jsonl_chunk(lines, done)
+    rows, originals = pl.Series(ROW, chunk.rows, dtype=pl.Int64), chunk.originals or []
+    kept = [line.encode() for line in originals]
+    frame = pl.read_ndjson(b"\n".join(kept), schema=schema) if kept else pl.DataFrame(schema=schema)
+    raw = pl.DataFrame([pl.Series(ORIGINAL, originals, dtype=pl.String), rows])
+    return frame.with_columns(rows), partial(pl.DataFrame, raw), _broken(chunk), len(lines)
+
+
+def _broken(chunk: RawChunk) -> pl.DataFrame:
+    rows = [(row.row, row.reason, row.original) for row in chunk.broken]
+    return pl.DataFrame(rows, schema=REJECT_SCHEMA, orient="row")
+
+
+def _csv(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -> Iterator[Chunk]:
+    """By pyarrow, which says which line has another width; from the first broken byte on by Python."""
+    done = int(at.get("row", 0))
+    seen = 0
+    ragged: list[tuple[int, str]] = []
+
+    def note(line: Any) -> str:
+        ragged.append((line.number - 1, line.text))
+        return "skip"
+
+    options = {
+        "read_options": arrow_csv.ReadOptions(use_threads=False, block_size=CHUNK_BYTES),
+        "parse_options": arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+    }
+    header = _header(path)
+    convert = arrow_csv.ConvertOptions(
+        column_types=dict.fromkeys(header, pa.large_string()),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=True,
+    )
+    try:
+        with arrow_csv.open_csv(path, convert_options=convert, **options) as reader:
+            for batch in reader:
+                raw = pl.DataFrame(pl.from_arrow(batch))
+                lines = dict(ragged)
+                numbers = np.setdiff1d(np.arange(seen + 1, seen + raw.height + len(lines) + 1), list(lines))
+                numbers = numbers[: raw.height]
+                last = int(numbers[-1]) if raw.height else seen
+                gone = [(n, "wrong number of fields", json.dumps(t)) for n, t in ragged if done < n <= last]
+                ragged[:] = [line for line in ragged if line[0] > last]
+                seen = last
+                keep = numbers > done
+                raw = raw.filter(pl.Series(keep))
+                rows = pl.Series(ROW, numbers[keep], dtype=pl.Int64)
+                if raw.height or gone:
+                    rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
+                    done = max(done, last)
+                    frame = _pick(raw, names).with_columns(rows)
+                    yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, done, 0), tuple(raw.columns))
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        yield from _slow_csv(path, names, done, chunk_rows)
+        return
+    if gone := [(n, "wrong number of fields", json.dumps(t)) for n, t in ragged if n > done]:
+        last = gone[-1][0]
+        empty = pl.DataFrame(schema=dict.fromkeys(header, pl.String()))
+        none = pl.Series(ROW, [], dtype=pl.Int64)
+        rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
+        frame = _pick(empty, names).with_columns(none)
+        yield Chunk(frame, _numbered(empty, none), rejects, _mark(path, last, 0), tuple(header))
+
+
+def _slow_csv(path: Path, names: list[str], done: int, chunk_rows: int) -> Iterator[Chunk]:
+    for chunk in read_csv(path, chunk_rows):
+        rows = pl.Series(ROW, chunk.rows, dtype=pl.Int64)
+        raw = pl.DataFrame([pl.Series(n, v, dtype=pl.String) for n, v in chunk.columns.items()])
+        rejects, keep = _broken(chunk).filter(pl.col("row") > done), rows > done
+        last = max([done, *chunk.rows[-1:], *(line.row for line in chunk.broken[-1:])])
+        if keep.any() or rejects.height:
+            raw, rows = raw.filter(keep), rows.filter(keep)
+            frame = _pick(raw, names).with_columns(rows)
+            yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, last, 0), tuple(raw.columns))
+
+
+def _numbered(raw: pl.DataFrame, rows: pl.Series) -> Callable[[], pl.DataFrame]:
+    return partial(raw.with_columns, rows)
+
+
+def _header(path: Path) -> list[str]:
+    """The names of a CSV file's columns. Raises InputError as `read_csv` does."""
+    for chunk in read_csv(path, 1):
+        return list(chunk.columns)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _parquet(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -> Iterator[Chunk]:
+    done = int(at.get("row", 0))
+    try:
+        scan = pl.scan_parquet(path).slice(done)
+        for raw in scan.collect_batches(chunk_size=chunk_rows, maintain_order=True):
+            rows = pl.int_range(done + 1, done + raw.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
+            done += raw.height
+            frame = _pick(raw, names).with_columns(rows)
+            yield Chunk(frame, _numbered(raw, rows), no_rejects(), _mark(path, done, 0), tuple(raw.columns))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(
+            f"{path} is not a readable .parquet, .csv or .jsonl file: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _pick(raw: pl.DataFrame, names: list[str]) -> pl.DataFrame:
+    """The wanted columns; absent ones null, nested ones as JSON text."""
+    columns: list[pl.Expr] = []
+    for name in names:
+        dtype = raw.schema.get(name)
+        if dtype is None:
+            columns.append(pl.lit(None, pl.String).alias(name))
+        elif isinstance(dtype, pl.Struct):
+            columns.append(pl.when(pl.col(name).is_not_null()).then(pl.col(name).struct.json_encode()).alias(name))
+        elif isinstance(dtype, pl.List | pl.Array):
+            inside = pl.struct(pl.col(name).alias("v")).struct.json_encode().str.slice(5).str.head(-1)
+            columns.append(pl.when(pl.col(name).is_not_null()).then(inside).alias(name))
+        else:
+            columns.append(pl.col(name))
+    return raw.select(columns) if columns else pl.DataFrame({}, height=raw.height)

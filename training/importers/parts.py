@@ -1,0 +1,125 @@
+"""From a reader's batches to the parts of a log: what is known is left out, what is bad set aside, and nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import polars as pl
+
+from router_ml.log_schema import LOG_SCHEMA, ValidationState, already_in, convert, take_up, validate
+from router_ml.rawfiles import REASON, ROW, rejected
+from training.importers.batch import JOINS, SIGNALS, Batch
+from training.importers.settle import write_part
+from training.importers.state import LogFolder, Tally
+
+# A part is written when its rows are this many, or their text this long: long prompts must not fill the memory.
+PART_BYTES = 1 << 27
+_ANY_ORDER = timedelta(days=365_000).total_seconds()
+Raw = pl.DataFrame | Callable[[], pl.DataFrame] | None  # rows as the source had them, with `ROW`
+_IDS = ("request_id", "model", "propensity")
+
+
+class PartWriter:
+    """Takes the batches of one source into a log's parts, and the state along with them.
+
+    With `updates` the rows that the log has already are kept beside it, for `settle.take_updates`.
+    """
+
+    def __init__(self, folder: LogFolder, name: str, *, updates: bool, part_rows: int, now: datetime | None) -> None:
+        self.folder, self.name, self.updates, self.part_rows, self.now = folder, name, updates, part_rows, now
+        self._cursor: Mapping[str, Any] | None = None
+        self._rows: list[pl.DataFrame] = []
+        self._again: list[pl.DataFrame] = []
+        self._signals: list[pl.DataFrame] = []
+        self._rejects: list[pl.DataFrame] = []
+        # What the log held when this run began, which may come again, and all of it, of which nothing may.
+        self._before, self._ids = ValidationState(), ValidationState()
+        for part in folder.state.parts:
+            ids = pl.read_parquet(folder.path / part.file, columns=list(_IDS))
+            take_up(ids, self._before)
+            take_up(ids, self._ids)
+        self._done = Tally()
+
+    @property
+    def read(self) -> int:
+        """Rows read in this import, those before it was interrupted included."""
+        return self.folder.state.run.read + self._done.read
+
+    def write(self, batch: Batch) -> None:
+        """Takes a batch; what it brings is safe after the next `flush`."""
+        frame, done = batch.rows, self._done
+        done.read += frame.height + batch.rejects.height + sum(batch.skipped.values())
+        done.skipped.update(batch.skipped)
+        self._set_aside(batch.rejects)
+        if batch.signals.height:
+            self._signals.append(convert(batch.signals, SIGNALS)[0])
+        if frame.height:
+            raw = batch.raw
+            self._take(frame, raw.with_columns(frame[ROW]) if isinstance(raw, pl.DataFrame) else raw)
+        self._cursor = batch.cursor
+        pending = [*self._rows, *self._again, *self._signals]
+        if sum(f.height for f in pending) >= self.part_rows or sum(f.estimated_size() for f in pending) >= PART_BYTES:
+            self.flush()
+
+    def take_signals(self, frames: Iterable[pl.DataFrame]) -> None:
+        """Takes signals (`SIGNALS`) that come from elsewhere."""
+        for frame in frames:
+            self._signals.append(convert(frame, SIGNALS)[0])
+            if sum(f.height for f in self._signals) >= self.part_rows:
+                self.flush()
+        self.flush()
+
+    def _take(self, frame: pl.DataFrame, raw: Raw) -> None:
+        ids = convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0]
+        known = already_in(ids, self._before, one_a_request=self.updates)
+        self._done.known += int(known.sum())
+        new = self._valid(frame.filter(~known), raw, self._ids)
+        self._done.added += new.height
+        if new.height:
+            self._rows.append(new)
+        if self.updates and known.any():
+            self._again.append(self._valid(frame.filter(known), raw, ValidationState()))
+
+    def _valid(self, frame: pl.DataFrame, raw: Raw, state: ValidationState) -> pl.DataFrame:
+        """The good rows with their joins, as `settle.read_part` gives them."""
+        # The order of time is made at the end, so here none runs backwards.
+        good, rejects = validate(frame, state=state, max_disorder_s=_ANY_ORDER, now=self.now)
+        self._set_aside(_as_they_were(rejects, raw))
+        kept = frame.filter(~pl.col(ROW).is_in(rejects["row"].implode()))
+        joins = convert(kept, JOINS)[0].with_columns(pl.when(pl.col(n) != "").then(pl.col(n)).alias(n) for n in JOINS)
+        return good.hstack(joins).with_columns(own_quality="quality", own_source="quality_source")
+
+    def _set_aside(self, rejects: pl.DataFrame) -> None:
+        if rejects.height:
+            self._done.rejected += rejects.height
+            self._done.reasons.update(dict(rejects["reason"].str.split("; ").explode().value_counts().iter_rows()))
+            self._rejects.append(rejects)
+
+    def flush(self) -> None:
+        """Writes what was taken and makes it, with its cursor, what a next import goes on from."""
+        folder, state, done = self.folder, self.folder.state, self._done
+        if self._rows:
+            state.parts.append(write_part(folder, pl.concat(self._rows).sort("time", maintain_order=True)))
+        for frames, names, kind in (
+            (self._again, state.updates, "updates"),
+            (self._signals, state.signals, "signals"),
+            (self._rejects, state.rejects, "rejects"),
+        ):
+            if frames:
+                names.append(folder.write(pl.concat(frames), kind))
+        if self._cursor is not None:
+            state.cursors[self.name] = dict(self._cursor)
+        state.run = state.run.plus(done)
+        self._rows, self._again, self._signals, self._rejects, self._done = [], [], [], [], Tally()
+        folder.save()
+
+
+def _as_they_were(rejects: pl.DataFrame, raw: Raw) -> pl.DataFrame:
+    """Rejects with their rows as the source had them."""
+    if not rejects.height or raw is None:
+        return rejects
+    found = raw if isinstance(raw, pl.DataFrame) else raw()
+    why = rejects.select(pl.col("row").alias(ROW), pl.col("reason").alias(REASON))
+    return rejected(found.join(why, on=ROW, how="inner", maintain_order="right"), {})

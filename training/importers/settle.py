@@ -1,0 +1,183 @@
+"""What an import does to the parts of a log at its end: order, later outcomes, and the quality that feedback gives.
+
+Each step writes other files and changes the state; nothing is seen by readers before the state is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import pairwise
+
+import polars as pl
+
+from router_ml.log_schema import LOG_SCHEMA
+from training.feedback import Rule, apply_rules, qualities
+from training.importers.batch import JOINS, SIGNALS
+from training.importers.state import LogFolder, Part
+
+# What stands beside each row of the log: what feedback finds it by, and the quality that the row itself came with.
+JOINS_SCHEMA = pl.Schema(
+    {
+        "request_id": pl.String(),
+        **JOINS,
+        "time": LOG_SCHEMA["time"],
+        "own_quality": pl.Float64(),
+        "own_source": pl.String(),
+    }
+)
+OWN_SOURCE = "row"
+
+
+def in_order(folder: LogFolder, part_rows: int) -> None:
+    """Puts the rows of parts whose times overlap into the order of time, so that the log as a whole is in it.
+
+    Training and its hold-out take a log's order for that of arrival. Memory is that of two parts or so, and of the
+    times of what overlaps.
+    """
+    ordered: list[Part] = []
+    for group in _overlapping(sorted(folder.state.parts, key=lambda part: (_moment(part.first), part.file)), part_rows):
+        ordered += group if len(group) == 1 else _merged(folder, group, part_rows)
+    folder.state.parts = ordered
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _overlapping(parts: Sequence[Part], part_rows: int) -> Iterator[list[Part]]:
+    group: list[Part] = []
+    last: datetime | None = None
+    for part in parts:
+        # Small neighbours become one part, so that an import an hour does not make a file an hour.
+        full = sum(p.rows for p in group) + part.rows > part_rows
+        if last is not None and _moment(part.first) >= last and full:
+            yield group
+            group, last = [], None
+        group.append(part)
+        last = _moment(part.last) if last is None else max(last, _moment(part.last))
+    if group:
+        yield group
+
+
+def _merged(folder: LogFolder, group: Sequence[Part], part_rows: int) -> list[Part]:
+    times = pl.concat([pl.read_parquet(folder.path / p.joins, columns=["time"]) for p in group])["time"].sort()
+    cuts = [times[0], *(times[at] for at in range(part_rows, len(times), part_rows)), None]
+    made = []
+    for low, high in pairwise(cuts):
+        if low == high:
+            continue
+        frames = []
+        for part in group:
+            if _moment(part.last) < low or (high is not None and _moment(part.first) >= high):
+                continue
+            both = read_part(folder, part)
+            frames.append(
+                both.filter((pl.col("time") >= low) & (pl.lit(True) if high is None else pl.col("time") < high))
+            )
+        both = pl.concat(frames).sort("time", maintain_order=True)
+        if both.height:
+            made.append(write_part(folder, both))
+    return made
+
+
+def read_part(folder: LogFolder, part: Part) -> pl.DataFrame:
+    """A part's rows with the columns of their joins, those of the same name left out."""
+    rows = pl.read_parquet(folder.path / part.file)
+    return rows.hstack(pl.read_parquet(folder.path / part.joins).drop("request_id", "time"))
+
+
+def write_part(folder: LogFolder, both: pl.DataFrame) -> Part:
+    """Writes what `read_part` gave as a part."""
+    return folder.add_part(both.select(LOG_SCHEMA.names()), both.select(JOINS_SCHEMA.names()))
+
+
+def take_updates(folder: LogFolder) -> int:
+    """Puts rows that were read again in the place of those in the log, where they say something else; how many."""
+    state = folder.state
+    if not state.updates:
+        return 0
+    new = pl.concat([pl.read_parquet(folder.path / name) for name in state.updates])
+    new = new.unique("request_id", keep="last", maintain_order=True)
+    changed = 0
+    for at, part in enumerate(state.parts):
+        ids = pl.read_parquet(folder.path / part.joins, columns=["request_id"])
+        if not ids["request_id"].is_in(new["request_id"].implode()).any():
+            continue
+        old = read_part(folder, part).with_row_index("_at")
+        mine = old.select("_at", "request_id").join(new, on="request_id", how="inner").select(old.columns)
+        # The quality is the feedback's business, which comes after this.
+        same = [n for n in old.columns if n not in ("quality", "quality_source")]
+        differs = mine.select(same).join(old.select(same), on=same, how="anti", nulls_equal=True)["_at"]
+        if differs.len():
+            changed += differs.len()
+            mine = mine.filter(pl.col("_at").is_in(differs.implode()))
+            rest = old.filter(~pl.col("_at").is_in(differs.implode()))
+            state.parts[at] = write_part(folder, pl.concat([rest, mine]).sort("time", "_at").drop("_at"))
+    state.updates = []
+    return changed
+
+
+def signals_of(folder: LogFolder) -> pl.DataFrame:
+    """All signals of a log, each once."""
+    if not folder.state.signals:
+        return pl.DataFrame(schema=SIGNALS)
+    signals = pl.concat([pl.read_parquet(folder.path / name) for name in folder.state.signals])
+    content = [name for name in SIGNALS if name != "signal"]
+    by_id = signals.filter(pl.col("signal").is_not_null()).unique(
+        ["source", "signal"], keep="last", maintain_order=True
+    )
+    by_content = signals.filter(pl.col("signal").is_null()).unique(content, keep="last", maintain_order=True)
+    return pl.concat([by_id, by_content])
+
+
+def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFrame, int]:
+    """Gives every row the quality that its own and all signals give it under the rules, late ones included.
+
+    Returns the signals with `q`, `w` (`feedback.apply_rules`) and `joined`, whether an answer of the log has it, and
+    how many rows' quality changed. Memory is that of the signals and of the rows that they are about, and of a part.
+    """
+    state = folder.state
+    if not state.signals:
+        return pl.DataFrame(schema={**SIGNALS, "q": pl.Float64(), "w": pl.Float64(), "joined": pl.Boolean()}), 0
+    signals = signals_of(folder)
+    if len(state.signals) > 1:
+        state.signals = [folder.write(signals, "signals")]
+    signals = apply_rules(signals, rules).with_row_index("_signal")
+    heard = signals.filter(pl.col("q").is_not_null() & (pl.col("w") > 0))
+    keys = {name: heard[name].drop_nulls().unique().implode() for name in ("request_id", *JOINS)}
+    about = [
+        pl.read_parquet(folder.path / part.joins)
+        .with_columns(part=pl.lit(at, pl.Int64), at=pl.int_range(pl.len(), dtype=pl.Int64))
+        .filter(pl.any_horizontal(pl.col(name).is_in(ids).fill_null(False) for name, ids in keys.items()))
+        for at, part in enumerate(state.parts)
+    ]
+    rows = pl.concat(about).with_row_index("row")
+    own = apply_rules(
+        rows.select("row", source=pl.col("own_source").fill_null(OWN_SOURCE), value="own_quality").with_columns(
+            label=pl.lit(None, pl.String), weight=pl.lit(None, pl.Float64)
+        ),
+        rules,
+    ).select("row", "source", q="value", w=pl.col("w").fill_null(1.0))
+    found, joined = qualities(rows, heard, own.filter(pl.col("q").is_not_null()))
+    found = found.join(rows.select("row", "part", "at"), on="row")
+    changed = sum(_requality(folder, at, found.filter(pl.col("part") == at)) for at in range(len(state.parts)))
+    return signals.with_columns(joined=pl.col("_signal").is_in(joined.implode())).drop("_signal"), changed
+
+
+def _requality(folder: LogFolder, at: int, found: pl.DataFrame) -> int:
+    """Writes one part again where its rows' quality is another; `found` has that of the rows that signals are about."""
+    part = folder.state.parts[at]
+    now = pl.read_parquet(folder.path / part.file, columns=["quality", "quality_source"])
+    joins = pl.read_parquet(folder.path / part.joins)
+    place = pl.DataFrame({"at": pl.int_range(joins.height, dtype=pl.Int64, eager=True)})
+    said = place.join(found.select("at", "quality", "quality_source"), on="at", how="left", maintain_order="left")
+    has = said["quality"].is_not_null()
+    quality = said["quality"].zip_with(has, joins["own_quality"])
+    source = said["quality_source"].zip_with(has, joins["own_source"])
+    changed = int((quality.ne_missing(now["quality"]) | source.ne_missing(now["quality_source"])).sum())
+    if changed:
+        rows = pl.read_parquet(folder.path / part.file)
+        rows = rows.with_columns(quality.alias("quality"), source.alias("quality_source"))
+        folder.state.parts[at] = folder.add_part(rows, joins)
+    return changed
