@@ -6,6 +6,7 @@ import math
 import os
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -82,13 +83,17 @@ class Router:
         return getattr(self.estimator, "thresholds", None) or own
 
     @cached_property
-    def _calls(self) -> _Calls:
+    def _calls_by_length(self) -> tuple[_Calls, ...]:
+        """What calls cost up to the first of the catalogue's `price_steps`, up to the next, and so on."""
         known = self.reliability or Reliability.perfect(len(self.catalog))
         attempts = np.array(known.attempts, dtype=np.float32)
-        of = self.catalog
-        return _Calls(
-            of.input_price * attempts, of.output_price * attempts, of.cache_discount * attempts, known.failure
+        return tuple(
+            _Calls(of.input_price * attempts, of.output_price * attempts, of.cache_discount * attempts, known.failure)
+            for of in (self.catalog.priced_at(tokens) for tokens in (*self.catalog.price_steps, math.inf))
         )
+
+    def _calls(self, input_tokens: float) -> _Calls:
+        return self._calls_by_length[bisect_left(self.catalog.price_steps, input_tokens)]
 
     def decide(self, request: RouteRequest) -> RouteDecision:
         """Routes one request. Raises what `decide_with_estimate` does."""
@@ -131,7 +136,7 @@ class Router:
         session, cached = session_of(request, session), None
         if session is not None:
             cached = self._cached_tokens(request, session, estimate)
-            saved = cached * self._calls.cache_discount
+            saved = cached * self._calls(estimate.input_tokens).cache_discount
             cost = np.maximum(cost - saved, np.float32(0.0))
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():
@@ -156,7 +161,7 @@ class Router:
             eligible,
             min_probability,
             p_claim=estimate.p_claim,
-            failure=self._calls.failure,
+            failure=self._calls_by_length[0].failure,
             escalation_rate=policy.escalation_rate,
             budget_usd=dial.max_cost_usd if dial.objective == "quality" else None,
             willingness_to_pay_usd=request.willingness_to_pay_usd,
@@ -226,12 +231,13 @@ class Router:
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
         """Expected cost of one call per model in USD, its retries included, float32 [m].
 
-        Every attempt counts as a whole one, and nothing as cached. A request's `max_tokens` caps the output.
+        Every attempt counts as a whole one, and nothing as cached. A request's `max_tokens` caps the output. An input
+        that is longer than a step of a model's `long_context` has that step's prices.
         """
         output = estimate.output_tokens
         if request.max_tokens is not None:
             output = np.minimum(output, np.float32(request.max_tokens))
-        calls = self._calls
+        calls = self._calls(estimate.input_tokens)
         return np.float32(estimate.input_tokens) * calls.input_price + output * calls.output_price
 
 

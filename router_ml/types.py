@@ -19,13 +19,30 @@ STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongContext:
+    """The prices of a whole call whose input is above so many tokens, USD per million tokens; None is not known."""
+
+    above_tokens: int
+    input_usd_per_mtok: float
+    output_usd_per_mtok: float
+    cached_input_usd_per_mtok: float | None = None
+    batch_input_usd_per_mtok: float | None = None
+    batch_output_usd_per_mtok: float | None = None
+    batch_cached_input_usd_per_mtok: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What is declared of one candidate model. Prices are USD per million tokens, windows are tokens.
 
     `capabilities`, `regions` and `data_classes` are what the model is cleared for: what is not listed is not allowed.
     `sibling` names the model of the catalogue that it most resembles: what is expected of it until outcomes are known.
     `cached_input_usd_per_mtok` is the price of input that is read from the provider's prompt cache. None, not known,
-    counts as `input_usd_per_mtok`: no session is held to a model by a discount that nobody has stated.
+    counts as `input_usd_per_mtok` in routing: no session is held to a model by a discount that nobody has stated.
+    Batch prices are those of calls through the provider's batch interface, `long_context` those of long calls, by
+    rising `above_tokens`. `reasoning_usd_per_mtok` is the price of reasoning tokens where it is not that of output.
+    `prices.price_call` bills by them. `max_output_tokens` is the longest answer that the model gives.
+    `guessed` names fields that an import had to guess, and `price_source` says where the prices come from.
     """
 
     id: str
@@ -39,6 +56,14 @@ class ModelCard:
     data_classes: frozenset[str] = frozenset({"public"})
     sibling: str | None = None
     cached_input_usd_per_mtok: float | None = None
+    batch_input_usd_per_mtok: float | None = None
+    batch_output_usd_per_mtok: float | None = None
+    batch_cached_input_usd_per_mtok: float | None = None
+    reasoning_usd_per_mtok: float | None = None
+    long_context: tuple[LongContext, ...] = ()
+    max_output_tokens: int | None = None
+    price_source: str | None = None
+    guessed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
