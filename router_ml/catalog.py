@@ -95,6 +95,11 @@ class Catalog:
         )
 
     @cached_property
+    def bounded(self) -> dict[str, ModelCard]:
+        """The models whose capacity is bounded."""
+        return {c.id: c for c in self.cards if c.max_concurrency is not None or c.max_tokens_per_second is not None}
+
+    @cached_property
     def price_steps(self) -> tuple[int, ...]:
         """The numbers of input tokens above which a model has other prices, rising."""
         return tuple(sorted({step.above_tokens for card in self.cards for step in card.long_context}))
@@ -186,9 +191,12 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
     if entry["tier"] not in TIERS:
         raise InputError(f"{where}: tier {entry['tier']!r} is not one of {', '.join(TIERS)}")
     prices = _prices(entry, CARD_PRICES, where)
-    for name in ("context_window", "max_output_tokens"):
+    for name in ("context_window", "max_output_tokens", "max_concurrency"):
         if entry.get(name) is not None or name in _REQUIRED:
-            _tokens(entry[name], name, where)
+            _count(entry[name], name, where)
+    rate = entry.get("max_tokens_per_second")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf):
+        raise InputError(f"{where}: 'max_tokens_per_second' has to be a number above 0")
     sets: dict[str, Any] = {}
     for name in ("capabilities", "regions", "data_classes", "guessed"):
         if name in entry:
@@ -213,6 +221,8 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
         sibling=sibling,
         long_context=_long_context(entry.get("long_context", []), where),
         max_output_tokens=entry.get("max_output_tokens"),
+        max_concurrency=entry.get("max_concurrency"),
+        max_tokens_per_second=None if rate is None else float(rate),
         price_source=source_of,
         **prices,
         **sets,
@@ -258,14 +268,14 @@ def _long_context(value: Any, where: str) -> tuple[LongContext, ...]:
             raise InputError(
                 f"{here}: needs above_tokens, {', '.join(PRICES)} and, of {', '.join(known)}, nothing else"
             )
-        above = _tokens(step["above_tokens"], "above_tokens", here)
+        above = _count(step["above_tokens"], "above_tokens", here)
         steps.append(LongContext(above_tokens=above, **_prices(step, STEP_PRICES, here)))
     if any(a.above_tokens >= b.above_tokens for a, b in itertools.pairwise(steps)):
         raise InputError(f"{where}: the steps of 'long_context' have to rise in 'above_tokens'")
     return tuple(steps)
 
 
-def _tokens(value: Any, name: str, where: str) -> int:
+def _count(value: Any, name: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise InputError(f"{where}: {name!r} has to be a positive whole number of tokens")
+        raise InputError(f"{where}: {name!r} has to be a positive whole number")
     return value

@@ -21,6 +21,7 @@ _KINDS = {
     "expected cost": "max_cost",
     "circuit open": "circuit",
     "taken out by": "circuit",
+    "at capacity": "capacity",
 }
 
 

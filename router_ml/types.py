@@ -42,6 +42,8 @@ class ModelCard:
     Batch prices are those of calls through the provider's batch interface, `long_context` those of long calls, by
     rising `above_tokens`. `reasoning_usd_per_mtok` is the price of reasoning tokens where it is not that of output.
     `prices.price_call` bills by them. `max_output_tokens` is the longest answer that the model gives.
+    `max_concurrency` calls and `max_tokens_per_second` of input and output together are what the model can take, where
+    that is bounded: past it, the next candidate. A self-hosted model's prices are its effective ones (`selfhost`).
     `guessed` names fields that an import had to guess, and `price_source` says where the prices come from.
     """
 
@@ -62,6 +64,8 @@ class ModelCard:
     reasoning_usd_per_mtok: float | None = None
     long_context: tuple[LongContext, ...] = ()
     max_output_tokens: int | None = None
+    max_concurrency: int | None = None
+    max_tokens_per_second: float | None = None
     price_source: str | None = None
     guessed: frozenset[str] = frozenset()
 

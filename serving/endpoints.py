@@ -151,7 +151,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         request.scope["decision"] = decision
     else:
         decision, estimate = live.router.decide_with_estimate(
-            asked, service.health.down(live.providers), session, estimator=None if stand is None else stand.estimator
+            asked, service.down(live), session, estimator=None if stand is None else stand.estimator
         )
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
