@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, PathArg
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from router_ml.catalog import Catalog
 
 LOGS = click.option("--logs", type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
 
@@ -86,6 +93,89 @@ def selfhost(
         hosting.plot().savefig(plot)
     if model is not None and out is not None:
         written(Catalog(tuple(hosting.card(card) if card.id == model else card for card in cards)), out)
+
+
+@click.command()
+@click.option("--store", help="SQLite file or SQLAlchemy URL of a service.")
+@LOGS
+@click.option("--by", default="", help="Of tenant, key, task, model, day; several with commas between.")
+@click.option("--baseline", help="The model that savings are against.")
+@click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory and a store have their own.")
+@click.option("--since", type=click.DateTime(), help="Only calls from this time on, UTC.")
+@click.option("--csv", "as_csv", is_flag=True, help="CSV with all columns instead of text.")
+def usage(
+    store: str | None, logs: Path | None, by: str, baseline: str | None, catalog: Path | None, since: datetime | None,
+    as_csv: bool,
+) -> None:  # fmt: skip
+    """Add up what calls used and cost, and what they saved against a baseline; sums are exact.
+
+    Example: router-ml usage --store router-ml.db --by tenant,model --baseline aurora-4
+    """
+    from router_ml.accounting import accounts, cents
+    from router_ml.catalog import Catalog
+
+    if (store is None) == (logs is None):
+        raise click.UsageError("calls come from a service's --store or from --logs: give one of the two")
+    cards = Catalog.load(catalog) if catalog else None
+    rows, known = _calls(store, logs, baseline, since)
+    cards = cards or known
+    if cards is None:
+        raise InputError("nothing says what the models cost: give --catalog FILE")
+    found = accounts(rows, cards, by=[name.strip() for name in by.split(",") if name.strip()], baseline=baseline)
+    if as_csv:
+        click.echo(found.to_frame().write_csv(), nl=False)
+        return
+    for row in found.frame.iter_rows(named=True):
+        whose = " ".join("none" if row[name] is None else str(row[name]) for name in found.by) or "all"
+        saved = ""
+        if baseline is not None:
+            share = f" ({row['savings_nano'] / row['baseline_nano']:.1%})" if row["baseline_nano"] else ""
+            saved = f"; {baseline} {cents(row['baseline_nano'])}, saved {cents(row['savings_nano'])}{share}"
+            saved += f" over {row['compared']} calls" if row["compared"] != row["calls"] else ""
+        still = f", {row['open']} of them open" if row["open"] else ""
+        click.echo(f"{whose}: {row['calls']} calls{still}, {cents(row['cost_nano'])} USD{saved}")
+    reported, priced, still_open = (found.total(name) for name in ("reported", "priced", "open"))
+    click.echo(
+        f"together: {found.total('calls')} calls, {cents(found.total('cost_nano'))} USD: "
+        f"{reported} reported, {priced} priced by their tokens, {still_open} open"
+    )
+    if baseline is not None:
+        click.echo(f"the baseline is {baseline} at its card's prices, for the tokens that the calls had")
+    if found.total("open_expected_nano"):
+        click.echo(
+            f"open calls are expected to cost {cents(found.total('open_expected_nano'))} USD, "
+            f"and {cents(found.total('open_reserve_nano'))} at most"
+        )
+
+
+def _calls(
+    store: str | None, logs: Path | None, baseline: str | None, since: datetime | None
+) -> tuple[pl.DataFrame, Catalog | None]:
+    """The calls, and the catalogue that stands beside them."""
+    import polars as pl
+
+    from router_ml.accounting import spend_frame
+    from router_ml.audit import catalogs
+    from router_ml.audit import changes as noted
+    from router_ml.catalog import Catalog
+    from router_ml.logs import read_log, read_log_info
+    from router_ml.stored import spend_rows
+    from router_ml.tables import open_database
+
+    if logs is not None:
+        log = read_log(logs)
+        if since is not None:
+            log = log.filter(pl.col("time") >= since.replace(tzinfo=UTC))
+        raw = read_log_info(logs).get("catalog") if logs.is_dir() else None
+        return log, None if raw is None else Catalog.from_json(raw, f"{logs}/log.json")
+    assert store is not None
+    if "://" not in store and not Path(store).is_file():
+        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
+    engine = open_database(store)
+    cards = {card.id: card for of in catalogs(noted(engine)).values() for each in of for card in each}
+    since_us = int(since.replace(tzinfo=UTC).timestamp() * 1e6) if since else 0
+    known = Catalog(tuple(replace(card, sibling=None) for card in cards.values())) if cards else None
+    return spend_frame(spend_rows(engine, baseline, since_us)), known
 
 
 def _toml(file: Path, known: set[str]) -> dict[str, Any]:

@@ -31,5 +31,5 @@ def kind(reason: str) -> str:
         if reason.startswith(start):
             return name
     if reason.startswith("no candidate's claim reaches"):
-        return "default" if reason.endswith("default") else "most_probable"
+        return "default" if ": the configured default" in reason else "most_probable"
     return "other"

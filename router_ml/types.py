@@ -92,7 +92,8 @@ class RouteRequest:
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
     the tool definitions as JSON; `needs` are capabilities that the request cannot do without. `candidates` are the
     models that the request names, `allowed` those that its API key may use (None: all). `session` names the
-    conversation, `previous_model` the model that it is with, where the caller knows (see `session`).
+    conversation, `previous_model` the model that it is with, where the caller knows (see `session`). `pressure` is what
+    the budget of its tenant or key asks of the dial, where one does.
     """
 
     messages: tuple[Message, ...]
@@ -116,6 +117,15 @@ class RouteRequest:
     max_cost_usd: float | None = None
     quality_threshold: float | None = None
     objective: Objective | None = None
+    pressure: Pressure | None = None
+
+
+class Pressure(NamedTuple):
+    """What a budget asks of a request's dial: to move by the share `moved` (0 to 1) towards `floor`, and `why`."""
+
+    moved: float
+    floor: float
+    why: str
 
 
 class Candidate(NamedTuple):
@@ -161,7 +171,8 @@ class RouteDecision:
     with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
     prompt cache was taken to hold of this request. `degraded` says that the router's twin made the estimates, since its
     own learner was late. `arm` says which bundle's it is, where a canary ran. `drawn` are the models that exploration
-    draws from, where these are not all candidates.
+    draws from, where these are not all candidates. `reserve_usd` is the most that calls of `model` may cost: the
+    estimated input and the longest answer, at full price, as often as the policy's `max_attempts`.
     """
 
     decision_id: str
@@ -183,6 +194,7 @@ class RouteDecision:
     degraded: bool = False
     arm: Arm | None = None
     drawn: tuple[str, ...] | None = None
+    reserve_usd: float | None = None
 
     @property
     def chosen(self) -> Candidate:

@@ -81,6 +81,7 @@ def create_app(settings: Settings) -> Front:
         follower=follower, tracing=_tracing(settings), shadow=shadow,
     )  # fmt: skip
     shared.heard = service.heard
+    shared.budgets.follow(live.live.router.policy)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -262,9 +262,9 @@ class Service:
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
         self.metrics.took("record", time.perf_counter() - started)
 
-    def count(self, outcome: Outcome, headers: Mapping[str, str], *, called: bool) -> None:
-        """Counts and traces an outcome; `called` unless it is feedback alone."""
-        model = self.metrics.spend.reported(outcome, called=called)
+    def count(self, outcome: Outcome, key: str | None, headers: Mapping[str, str], *, called: bool) -> None:
+        """Counts and traces an outcome that a key has sent; `called` unless it is feedback alone."""
+        model = self.metrics.spend.reported(outcome, called=called, key=key)
         if self.tracing is not None:
             self.tracing.evaluated(headers, outcome, model)
 
@@ -337,6 +337,7 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
         "degraded": decision.degraded,
+        "reserve_usd": decision.reserve_usd,
     }
     if decision.incumbent is not None and decision.stayed is not None:
         answer["incumbent"], answer["stayed"] = decision.incumbent, decision.stayed
