@@ -254,7 +254,6 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "stayed": decision.stayed,
         "cached_tokens": decision.cached_tokens,
         "degraded": decision.degraded,
-        "expected_cost_usd": cost if math.isfinite(cost := decision.candidates[0].expected_cost_usd) else None,
         "reserve_usd": decision.reserve_usd,
     }
     if decision.arm is not None:
@@ -275,6 +274,7 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
             **row,
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),
+            "expected_cost_usd": _known(Candidate(*row["candidates"][0]).expected_cost_usd),
             "excluded": _dump(dict(row["excluded"])),
         }
         for row in rows
@@ -300,6 +300,10 @@ def _candidates_json(candidates: Iterable[Sequence[Any]]) -> str:
         for c in (Candidate(*fields) for fields in candidates)
     ]
     return f"[{','.join(items)}]"
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float) -> str:

@@ -43,6 +43,11 @@ class Budgets:
         self._budgets: tuple[Budget, ...] = ()
         self._of: dict[tuple[str, str], list[Budget]] = {}
 
+    @property
+    def active(self) -> bool:
+        """Whether there are budgets, or were."""
+        return bool(self._budgets or self._own)
+
     def follow(self, policy: Policy) -> None:
         """Takes up a policy's budgets; requests and decisions bring theirs by themselves."""
         if policy.budget is not self._budgets:

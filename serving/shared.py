@@ -212,6 +212,8 @@ class Shared:
             log.error("the stored policy does not fit the bundle, the one before stays in force: %s", error)
 
     def _share_spent(self, engine: sa.Engine) -> None:
+        if not self.budgets.active:
+            return
         sums, now = self.budgets.untold(), datetime.now(UTC)
         if sums:
             tell_spent(engine, self._process, sums)
