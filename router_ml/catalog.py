@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,19 @@ from typing import Any
 import numpy as np
 
 from router_ml.errors import InputError
-from router_ml.types import CAPABILITIES, TIERS, FloatArray, ModelCard
+from router_ml.prices import long_step
+from router_ml.types import CAPABILITIES, TIERS, FloatArray, LongContext, ModelCard
 
 _KNOWN = frozenset(ModelCard.__dataclass_fields__)
+PRICES = ("input_usd_per_mtok", "output_usd_per_mtok")
+STEP_PRICES = (
+    *PRICES,
+    *("cached_input_usd_per_mtok", "batch_input_usd_per_mtok", "batch_output_usd_per_mtok"),
+    "batch_cached_input_usd_per_mtok",
+)
+"""The prices that a step of `long_context` may have; a card has `reasoning_usd_per_mtok` beside them."""
+CARD_PRICES = (*STEP_PRICES, "reasoning_usd_per_mtok")
+_UNSAID = ("long_context", "guessed")  # left out of JSON while they are empty, so that such cards stay as they were
 _REQUIRED = ("id", "provider", "tier", "input_usd_per_mtok", "output_usd_per_mtok", "context_window")
 
 
@@ -82,6 +94,24 @@ class Catalog:
             [(c.input_usd_per_mtok - p) * 1e-6 for c, p in zip(self.cards, cached, strict=True)], np.float32
         )
 
+    @cached_property
+    def bounded(self) -> dict[str, ModelCard]:
+        """The models whose capacity is bounded."""
+        return {c.id: c for c in self.cards if c.max_concurrency is not None or c.max_tokens_per_second is not None}
+
+    @cached_property
+    def price_steps(self) -> tuple[int, ...]:
+        """The numbers of input tokens above which a model has other prices, rising."""
+        return tuple(sorted({step.above_tokens for card in self.cards for step in card.long_context}))
+
+    def priced_at(self, input_tokens: float) -> Catalog:
+        """The catalogue with the prices of calls of so long an input in the place of the ordinary ones."""
+        cards = []
+        for card in self.cards:
+            step = long_step(card, input_tokens)
+            cards.append(card if step is None else replace(card, **{n: getattr(step, n) for n in STEP_PRICES}))
+        return Catalog(tuple(cards))
+
     def subset(self, models: list[str]) -> Catalog:
         """The catalogue restricted to `models`, in catalogue order; a sibling that is left out is no longer named.
 
@@ -100,16 +130,7 @@ class Catalog:
 
     def to_json(self) -> dict[str, Any]:
         """The catalogue as the JSON object that `from_json` reads."""
-        return {
-            "models": [
-                {
-                    name: sorted(value) if isinstance(value, frozenset) else value
-                    for name, value in ((n, getattr(card, n)) for n in ModelCard.__dataclass_fields__)
-                    if value is not None
-                }
-                for card in self.cards
-            ]
-        }
+        return {"models": [card_to_json(card) for card in self.cards]}
 
     @classmethod
     def from_json(cls, data: Any, source: str = "catalogue") -> Catalog:
@@ -125,6 +146,17 @@ class Catalog:
     def load(cls, path: str | Path) -> Catalog:
         """Reads a catalogue from a JSON file. Raises InputError."""
         return cls.from_json(_read_json(Path(path), "catalogue", "--catalog"), str(path))
+
+
+def written(catalog: Catalog, path: Path) -> None:
+    """Writes a catalogue as `Catalog.load` reads it, aside and then in its place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(catalog.to_json(), indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"the catalogue cannot be written to {path}: {error.strerror}") from None
 
 
 def load_card(path: str | Path) -> ModelCard:
@@ -160,22 +192,15 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
             raise InputError(f"{where}: {name!r} has to be a non-empty string")
     if entry["tier"] not in TIERS:
         raise InputError(f"{where}: tier {entry['tier']!r} is not one of {', '.join(TIERS)}")
-    cached = entry.get("cached_input_usd_per_mtok")
-    for name in (
-        "input_usd_per_mtok",
-        "output_usd_per_mtok",
-        *(["cached_input_usd_per_mtok"] if cached is not None else ()),
-    ):
-        price = entry[name]
-        if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price) or price < 0:
-            raise InputError(f"{where}: {name!r} has to be a price of 0 or more USD per million tokens")
-    if cached is not None and cached > entry["input_usd_per_mtok"]:
-        raise InputError(f"{where}: 'cached_input_usd_per_mtok' is above 'input_usd_per_mtok': leave it out")
-    window = entry["context_window"]
-    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
-        raise InputError(f"{where}: 'context_window' has to be a positive whole number of tokens")
-    sets: dict[str, frozenset[str]] = {}
-    for name in ("capabilities", "regions", "data_classes"):
+    prices = _prices(entry, CARD_PRICES, where)
+    for name in ("context_window", "max_output_tokens", "max_concurrency"):
+        if entry.get(name) is not None or name in _REQUIRED:
+            _count(entry[name], name, where)
+    rate = entry.get("max_tokens_per_second")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf):
+        raise InputError(f"{where}: 'max_tokens_per_second' has to be a number above 0")
+    sets: dict[str, Any] = {}
+    for name in ("capabilities", "regions", "data_classes", "guessed"):
         if name in entry:
             values = entry[name]
             if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
@@ -187,14 +212,72 @@ def card_from_json(entry: Any, source: str) -> ModelCard:
     sibling = entry.get("sibling")
     if sibling is not None and not isinstance(sibling, str):
         raise InputError(f"{where}: 'sibling' has to be the id of another model")
+    source_of = entry.get("price_source")
+    if source_of is not None and not isinstance(source_of, str):
+        raise InputError(f"{where}: 'price_source' has to be a string")
     return ModelCard(
         id=entry["id"],
         provider=entry["provider"],
         tier=entry["tier"],
-        input_usd_per_mtok=float(entry["input_usd_per_mtok"]),
-        output_usd_per_mtok=float(entry["output_usd_per_mtok"]),
-        context_window=window,
+        context_window=entry["context_window"],
         sibling=sibling,
-        cached_input_usd_per_mtok=None if cached is None else float(cached),
+        long_context=_long_context(entry.get("long_context", []), where),
+        max_output_tokens=entry.get("max_output_tokens"),
+        max_concurrency=entry.get("max_concurrency"),
+        max_tokens_per_second=None if rate is None else float(rate),
+        price_source=source_of,
+        **prices,
         **sets,
     )
+
+
+def card_to_json(card: ModelCard) -> dict[str, Any]:
+    """A card as the JSON object that `card_from_json` reads; what is not known is left out."""
+    shown: dict[str, Any] = {}
+    for name in ModelCard.__dataclass_fields__:
+        value = getattr(card, name)
+        if value is None or (name in _UNSAID and not value):
+            continue
+        if name == "long_context":
+            value = [{k: v for k, v in asdict(step).items() if v is not None} for step in value]
+        shown[name] = sorted(value) if isinstance(value, frozenset) else value
+    return shown
+
+
+def _prices(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The prices that an entry has. Raises InputError for one that is not possible."""
+    found: dict[str, Any] = {}
+    for name in names:
+        price = entry.get(name)
+        if price is None and name not in PRICES:
+            continue
+        if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price) or price < 0:
+            raise InputError(f"{where}: {name!r} has to be a price of 0 or more USD per million tokens")
+        found[name] = float(price)
+    if found.get("cached_input_usd_per_mtok", 0.0) > found["input_usd_per_mtok"]:
+        raise InputError(f"{where}: 'cached_input_usd_per_mtok' is above 'input_usd_per_mtok': leave it out")
+    return found
+
+
+def _long_context(value: Any, where: str) -> tuple[LongContext, ...]:
+    if not isinstance(value, list):
+        raise InputError(f"{where}: 'long_context' has to be an array of prices from a number of tokens on")
+    steps = []
+    for at, step in enumerate(value):
+        here = f"{where}, long_context {at + 1}"
+        known = LongContext.__dataclass_fields__
+        if not isinstance(step, Mapping) or not {"above_tokens", *PRICES} <= set(step) <= set(known):
+            raise InputError(
+                f"{here}: needs above_tokens, {', '.join(PRICES)} and, of {', '.join(known)}, nothing else"
+            )
+        above = _count(step["above_tokens"], "above_tokens", here)
+        steps.append(LongContext(above_tokens=above, **_prices(step, STEP_PRICES, here)))
+    if any(a.above_tokens >= b.above_tokens for a, b in itertools.pairwise(steps)):
+        raise InputError(f"{where}: the steps of 'long_context' have to rise in 'above_tokens'")
+    return tuple(steps)
+
+
+def _count(value: Any, name: str, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InputError(f"{where}: {name!r} has to be a positive whole number")
+    return value

@@ -12,6 +12,8 @@ import click
 
 from router_ml import __version__
 from router_ml.audit_cli import audit
+from router_ml.catalog_cli import catalog
+from router_ml.cost_cli import selfhost, usage
 from router_ml.evaluate_cli import evaluate, promote
 from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
@@ -230,8 +232,9 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
 
 main.add_command(audit)
 main.add_command(import_)
+main.add_command(catalog)
 main.add_command(serve)
-for command in (tune, compare, explore, evaluate, promote, rollback, watch, history):
+for command in (tune, compare, explore, evaluate, promote, rollback, watch, history, selfhost, usage):
     main.add_command(command)
 
 

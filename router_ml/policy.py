@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from router_ml.budget import Budget, moved
 from router_ml.canary import CanaryPolicy
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
@@ -71,7 +72,8 @@ class Policy:
     no candidate meets the dial: the most probable one, or `default_model`. `exploration_rate` is the share of requests
     that go to a uniformly drawn eligible candidate, so that the log can tell what the others would have done; the first
     of `explore` that matches a request takes its place. `session` says when a conversation leaves its model, `canary`
-    how much of the traffic a challenger decides.
+    how much of the traffic a challenger decides. `budget` holds what tenants and keys may spend; `max_attempts` is how
+    often a gateway calls one model for one decision at most, for the decision's `reserve_usd`.
     """
 
     tiers: Mapping[str, float | Dial] = field(default_factory=lambda: dict(DEFAULT_TIERS))
@@ -86,6 +88,8 @@ class Policy:
     keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
     session: SessionPolicy = field(default_factory=SessionPolicy)
     canary: CanaryPolicy = field(default_factory=CanaryPolicy)
+    budget: tuple[Budget, ...] = ()
+    max_attempts: int = 1
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -110,6 +114,8 @@ class Policy:
             # Left out while it is the default: versions of policies without one stay, and older programs read them.
             **({} if self.canary == CanaryPolicy() else {"canary": asdict(self.canary)}),
             # Only where there is one, so that the versions of all other policies stay.
+            **({"budget": [one.to_json() for one in self.budget]} if self.budget else {}),
+            **({"max_attempts": self.max_attempts} if self.max_attempts != 1 else {}),
             **({"explore": [{**asdict(e), "models": list(e.models)} for e in self.explore]} if self.explore else {}),
         }
 
@@ -130,6 +136,8 @@ class Policy:
                 values["rules"] = tuple(_rule(rule) for rule in _array("rules", values["rules"]))
             if "explore" in values:
                 values["explore"] = tuple(_exploration(one) for one in _array("explore", values["explore"]))
+            if "budget" in values:
+                values["budget"] = tuple(Budget.from_table(one) for one in _array("budget", values["budget"]))
             if "keys" in values:
                 values["keys"] = {str(k): _key_models(str(k), v) for k, v in _table("keys", values["keys"]).items()}
             if "session" in values:
@@ -208,6 +216,8 @@ class Policy:
             )
         if dial.objective != "cost":
             _check_objective(dial, request)
+        if request.pressure is not None:  # at the objective "quality" all that is within max_cost_usd would be spent
+            return dial._replace(min_probability=moved(dial.min_probability, request.pressure), objective="cost")
         return dial
 
     def with_changes(self, **changes: Any) -> Policy:
@@ -241,6 +251,10 @@ def _check(policy: Policy) -> None:
         raise InputError("default_data_class has to be the name of a data class")
     if policy.default_model is not None and not isinstance(policy.default_model, str):
         raise InputError("default_model has to be a model's id")
+    if isinstance(policy.max_attempts, bool) or not isinstance(policy.max_attempts, int) or policy.max_attempts < 1:
+        raise InputError("max_attempts has to be a whole number of 1 or more")
+    if len({budget.name for budget in policy.budget}) < len(policy.budget):
+        raise InputError("two of the [[budget]] tables are for the same tenant or key and the same period: keep one")
     if policy.unmet not in ("most-probable", "default"):
         raise InputError('\'unmet\' has to be "most-probable" or "default"')
     if policy.unmet == "default" and not policy.default_model:

@@ -21,6 +21,7 @@ _KINDS = {
     "expected cost": "max_cost",
     "circuit open": "circuit",
     "taken out by": "circuit",
+    "at capacity": "capacity",
 }
 
 
@@ -30,5 +31,5 @@ def kind(reason: str) -> str:
         if reason.startswith(start):
             return name
     if reason.startswith("no candidate's claim reaches"):
-        return "default" if reason.endswith("default") else "most_probable"
+        return "default" if ": the configured default" in reason else "most_probable"
     return "other"

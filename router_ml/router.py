@@ -6,6 +6,7 @@ import math
 import os
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,13 +14,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from router_ml.budget import pressed
 from router_ml.catalog import Catalog
 from router_ml.choice import BoolArray, Constraints, choose
 from router_ml.costs import Reliability
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
 from router_ml.session import Incumbent, Session, cached_shares, follow_up, session_of
-from router_ml.types import Candidate, Estimate, FloatArray, RouteDecision, RouteRequest
+from router_ml.types import Candidate, Estimate, FloatArray, ModelCard, RouteDecision, RouteRequest
 
 _UP: Mapping[str, str] = {}
 
@@ -43,6 +45,8 @@ class _Calls(NamedTuple):
     output_price: FloatArray
     cache_discount: FloatArray
     failure: tuple[float, ...]
+    most: tuple[tuple[float, float, float, int], ...]
+    """For each model: USD per token of input and of output without retries, longest answer, context window."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,23 @@ class Router:
         return getattr(self.estimator, "thresholds", None) or own
 
     @cached_property
-    def _calls(self) -> _Calls:
+    def _calls_by_length(self) -> tuple[_Calls, ...]:
+        """What calls cost up to the first of the catalogue's `price_steps`, up to the next, and so on."""
         known = self.reliability or Reliability.perfect(len(self.catalog))
         attempts = np.array(known.attempts, dtype=np.float32)
-        of = self.catalog
-        return _Calls(
-            of.input_price * attempts, of.output_price * attempts, of.cache_discount * attempts, known.failure
+        return tuple(
+            _Calls(
+                of.input_price * attempts,
+                of.output_price * attempts,
+                of.cache_discount * attempts,
+                known.failure,
+                tuple(_most(card) for card in of),
+            )
+            for of in (self.catalog.priced_at(tokens) for tokens in (*self.catalog.price_steps, math.inf))
         )
+
+    def _calls(self, input_tokens: float) -> _Calls:
+        return self._calls_by_length[bisect_left(self.catalog.price_steps, input_tokens)]
 
     def decide(self, request: RouteRequest) -> RouteDecision:
         """Routes one request. Raises what `decide_with_estimate` does."""
@@ -131,7 +145,7 @@ class Router:
         session, cached = session_of(request, session), None
         if session is not None:
             cached = self._cached_tokens(request, session, estimate)
-            saved = cached * self._calls.cache_discount
+            saved = cached * self._calls(estimate.input_tokens).cache_discount
             cost = np.maximum(cost - saved, np.float32(0.0))
         eligible, excluded = self.constraints.eligible(request, policy, cost, estimate.input_tokens, down)
         if eligible is not self.constraints.every and not eligible.any():
@@ -150,16 +164,19 @@ class Router:
             incumbent = Incumbent(
                 session.model, at, why, self.catalog.ids, saved.tolist(), policy.session.min_gain, follow_up(request)
             )
+        worth, pressure = request.willingness_to_pay_usd, request.pressure
+        if worth is not None and pressure is not None:
+            worth *= 1.0 - pressure.moved
         choice = choose(
             estimate.p_ok,
             cost,
             eligible,
             min_probability,
             p_claim=estimate.p_claim,
-            failure=self._calls.failure,
+            failure=self._calls_by_length[0].failure,
             escalation_rate=policy.escalation_rate,
             budget_usd=dial.max_cost_usd if dial.objective == "quality" else None,
-            willingness_to_pay_usd=request.willingness_to_pay_usd,
+            willingness_to_pay_usd=worth,
             incumbent=incumbent,
             pinned=self._pinned(request) if policy.rules else None,
             default=self.catalog.index[policy.default_model] if policy.default_model else None,
@@ -190,7 +207,7 @@ class Router:
             drawn=None if explored is None else tuple([ids[i] for i in explored]),
             meets_threshold=choice.meets_threshold,
             min_probability=min_probability,
-            reason=choice.reason,
+            reason=choice.reason if pressure is None else f"{choice.reason}; {pressed(pressure, min_probability)}",
             model_version=self.model_version,
             policy_version=policy.version,
             quality_threshold=self.quality_threshold if threshold is None else threshold,
@@ -199,8 +216,17 @@ class Router:
             stayed=None if session is None else choice.order[0] == known,
             cached_tokens=None if cached is None else float(cached[known]) if known >= 0 else 0.0,
             degraded=estimator is not None and estimator is self.twin,
+            reserve_usd=self._reserve(request, choice.order[0], estimate.input_tokens),
         )
         return decision, estimate
+
+    def _reserve(self, request: RouteRequest, model: int, input_tokens: float) -> float:
+        """The most that the calls of one model may cost, USD."""
+        into, out, longest, window = self._calls(input_tokens).most[model]
+        answer = min(longest, max(window - input_tokens, 0.0))
+        if request.max_tokens is not None:
+            answer = min(answer, request.max_tokens)
+        return self.policy.max_attempts * (input_tokens * into + answer * out)
 
     def _cached_tokens(self, request: RouteRequest, session: Session, estimate: Estimate) -> FloatArray:
         """Tokens of the prompt that each model's cache is taken to hold, float32 [m]."""
@@ -226,13 +252,20 @@ class Router:
     def expected_cost(self, request: RouteRequest, estimate: Estimate) -> FloatArray:
         """Expected cost of one call per model in USD, its retries included, float32 [m].
 
-        Every attempt counts as a whole one, and nothing as cached. A request's `max_tokens` caps the output.
+        Every attempt counts as a whole one, and nothing as cached. A request's `max_tokens` caps the output. An input
+        that is longer than a step of a model's `long_context` has that step's prices.
         """
         output = estimate.output_tokens
         if request.max_tokens is not None:
             output = np.minimum(output, np.float32(request.max_tokens))
-        calls = self._calls
+        calls = self._calls(estimate.input_tokens)
         return np.float32(estimate.input_tokens) * calls.input_price + output * calls.output_price
+
+
+def _most(card: ModelCard) -> tuple[float, float, float, int]:
+    dearest = max(card.output_usd_per_mtok, card.reasoning_usd_per_mtok or 0.0)
+    longest = math.inf if card.max_output_tokens is None else float(card.max_output_tokens)
+    return card.input_usd_per_mtok * 1e-6, dearest * 1e-6, longest, card.context_window
 
 
 def new_id() -> str:

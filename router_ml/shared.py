@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from router_ml import audit
 from router_ml.errors import RouterError
 from router_ml.policy import Policy
-from router_ml.tables import SHARED
+from router_ml.tables import SHARED, SPENT
 
 How = Literal["opened", "closed", "probe", "hand"]
 POLICY = "policy"
@@ -115,6 +115,27 @@ def put_policy(engine: sa.Engine, policy: Policy, who: str, expected: frozenset[
             "null" if policy.version == default else json.dumps(content),
         )
         audit.note(connection, "policy", who, time.time_ns() // 1000, content)
+
+
+def tell_spent(engine: sa.Engine, process: str, sums: Mapping[tuple[str, str], int]) -> None:
+    """Writes what a process has spent of budgets in all, nano-dollars by budget and period."""
+    with engine.begin() as connection:
+        for (budget, period), nano in sums.items():
+            key = {"budget": budget, "period": period, "process": process}
+            there = sa.update(SPENT).where(*(SPENT.c[name] == value for name, value in key.items()))
+            if connection.execute(there.values(nano_usd=nano)).rowcount == 0:
+                connection.execute(SPENT.insert(), {**key, "nano_usd": nano})
+
+
+def read_spent(engine: sa.Engine, process: str, periods: Sequence[str]) -> dict[tuple[str, str], int]:
+    """What all the other processes have spent in these periods, nano-dollars by budget and period."""
+    query = (
+        sa.select(SPENT.c.budget, SPENT.c.period, sa.func.sum(SPENT.c.nano_usd))
+        .where(SPENT.c.period.in_(periods), SPENT.c.process != process)
+        .group_by(SPENT.c.budget, SPENT.c.period)
+    )
+    with engine.connect() as connection:
+        return {(budget, period): int(nano) for budget, period, nano in connection.execute(query)}
 
 
 @contextlib.contextmanager

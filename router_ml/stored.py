@@ -19,6 +19,7 @@ REPORTED = (
     "served_model",
 )
 FEEDBACK = {"quality", "quality_source", "status", "retries"}
+_KNOWN = ("key", "tenant", "time_us", "expected_cost_usd")
 _OUTCOME_ID = OUTCOMES.c.outcome_id
 _SAME_KEY = DECISIONS.c.key.is_not_distinct_from(OUTCOMES.c.key)
 
@@ -55,11 +56,12 @@ def find_decision(engine: sa.Engine, decision_id: str) -> dict[str, Any] | None:
 def known_decisions(engine: sa.Engine, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any] | None]:
     """By id those of the outcomes (some hundred) that belong to a stored decision, as `log_rows` joins them.
 
-    The value is of the decision that an outcome names: `key`, `models` in order, `time_us`, and whether the outcome is
+    The value is of the decision that an outcome names: `key`, `tenant`, `models` in order, `time_us`,
+    `expected_cost_usd`, and whether the outcome is
     the `first` that the decision's key has sent of its call. It is None where the outcome names a request only.
     """
     named = {o.decision_id for o in outcomes.values()} - {None}
-    decisions = sa.select(*(DECISIONS.c[n] for n in ("decision_id", "key", "time_us", "candidates")))
+    decisions = sa.select(*(DECISIONS.c[n] for n in ("decision_id", "candidates", *_KNOWN)))
     said = sa.select(OUTCOMES).where(OUTCOMES.c.decision_id.in_(named)).order_by(OUTCOMES.c.time_us, _OUTCOME_ID)
     bare = [i for i, o in outcomes.items() if o.decision_id is None]
     of_request = (
@@ -83,7 +85,7 @@ def known_decisions(engine: sa.Engine, outcomes: Mapping[str, Outcome]) -> dict[
         if (of := stored.get(outcome.decision_id or "")) is not None:
             models = tuple(candidate["model"] for candidate in of["candidates"])
             is_first = first.get(of["decision_id"], identity) == identity  # it may be on its way itself
-            found[identity] = {"key": of["key"], "models": models, "time_us": of["time_us"], "first": is_first}
+            found[identity] = {**{name: of[name] for name in _KNOWN}, "models": models, "first": is_first}
     return found
 
 
@@ -149,10 +151,29 @@ def log_rows(engine: sa.Engine, since_us: int = 0) -> Iterator[dict[str, Any]]:
     same API key asked for under that id. Later outcomes add to the earlier ones, and override them where both report
     the same thing.
     """
+    for row, reported in _told(engine, since_us):
+        yield log_row(row, reported)
+
+
+def spend_rows(engine: sa.Engine, baseline: str | None = None, since_us: int = 0) -> Iterator[dict[str, Any]]:
+    """The same rows with what each decision was expected to cost: `expected_cost_usd` of the chosen model,
+    `baseline_expected_usd` of the model `baseline` where it was eligible, `reserve_usd`; None where not known.
+    """
+    for row, reported in _told(engine, since_us):
+        costs = {candidate["model"]: candidate["expected_cost_usd"] for candidate in row["candidates"]}
+        yield log_row(row, reported) | {
+            "expected_cost_usd": costs.get(row["model"]),
+            "baseline_expected_usd": costs.get(baseline),
+            "reserve_usd": row["reserve_usd"],
+        }
+
+
+def _told(engine: sa.Engine, since_us: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each decision from `since_us` on, oldest first, and what its outcomes reported."""
     for page in pages(engine, DECISIONS, since_us, without="features"):
         reported = _reported(engine, page)
         for row in page:
-            yield log_row(row, reported.get(row["decision_id"], {}))
+            yield row, reported.get(row["decision_id"], {})
 
 
 def told_decisions(engine: sa.Engine, model_version: str, since_us: int = 0) -> Iterator[dict[str, Any]]:

@@ -54,6 +54,8 @@ DECISIONS = sa.Table(
     sa.Column("arm_share", sa.Float),
     sa.Column("arm_propensity", sa.Float),
     sa.Column("arm_cluster", sa.String),
+    sa.Column("expected_cost_usd", sa.Float),  # of the chosen model, as in `candidates`
+    sa.Column("reserve_usd", sa.Float),
 )
 _NO_VALUES = dict.fromkeys(DECISIONS.columns.keys())  # for what an earlier version has left in its spool
 _IN_SESSION = DECISIONS.c.session.is_not(None)
@@ -116,6 +118,14 @@ SHARED = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("serial", sa.BigInteger, nullable=False, index=True),  # of the latest change; rises from change to change
     sa.Column("value", sa.Text),  # JSON, see `router_ml.shared`
+)
+SPENT = sa.Table(  # what budgets have spent, as each process counts its own decisions, see `router_ml.shared`
+    "spent",
+    METADATA,
+    sa.Column("budget", sa.String, primary_key=True),  # `Budget.name`
+    sa.Column("period", sa.String, primary_key=True),
+    sa.Column("process", sa.String, primary_key=True),
+    sa.Column("nano_usd", sa.BigInteger, nullable=False),
 )
 
 
@@ -244,6 +254,7 @@ def decision_row(request: RouteRequest, decision: RouteDecision) -> dict[str, An
         "stayed": decision.stayed,
         "cached_tokens": decision.cached_tokens,
         "degraded": decision.degraded,
+        "reserve_usd": decision.reserve_usd,
     }
     if decision.arm is not None:
         row |= {"arm": decision.arm.name} | {f"arm_{n}": v for n, v in decision.arm._asdict().items() if n != "name"}
@@ -263,6 +274,7 @@ def insert_decisions(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
             **row,
             "needs": _dump(sorted(row["needs"])),
             "candidates": _candidates_json(row["candidates"]),
+            "expected_cost_usd": _known(Candidate(*row["candidates"][0]).expected_cost_usd),
             "excluded": _dump(dict(row["excluded"])),
         }
         for row in rows
@@ -288,6 +300,10 @@ def _candidates_json(candidates: Iterable[Sequence[Any]]) -> str:
         for c in (Candidate(*fields) for fields in candidates)
     ]
     return f"[{','.join(items)}]"
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float) -> str:

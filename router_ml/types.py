@@ -19,13 +19,32 @@ STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongContext:
+    """The prices of a whole call whose input is above so many tokens, USD per million tokens; None is not known."""
+
+    above_tokens: int
+    input_usd_per_mtok: float
+    output_usd_per_mtok: float
+    cached_input_usd_per_mtok: float | None = None
+    batch_input_usd_per_mtok: float | None = None
+    batch_output_usd_per_mtok: float | None = None
+    batch_cached_input_usd_per_mtok: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What is declared of one candidate model. Prices are USD per million tokens, windows are tokens.
 
     `capabilities`, `regions` and `data_classes` are what the model is cleared for: what is not listed is not allowed.
     `sibling` names the model of the catalogue that it most resembles: what is expected of it until outcomes are known.
     `cached_input_usd_per_mtok` is the price of input that is read from the provider's prompt cache. None, not known,
-    counts as `input_usd_per_mtok`: no session is held to a model by a discount that nobody has stated.
+    counts as `input_usd_per_mtok` in routing: no session is held to a model by a discount that nobody has stated.
+    Batch prices are those of calls through the provider's batch interface, `long_context` those of long calls, by
+    rising `above_tokens`. `reasoning_usd_per_mtok` is the price of reasoning tokens where it is not that of output.
+    `prices.price_call` bills by them. `max_output_tokens` is the longest answer that the model gives.
+    `max_concurrency` calls and `max_tokens_per_second` of input and output together are what the model can take, where
+    that is bounded: past it, the next candidate. A self-hosted model's prices are its effective ones (`selfhost`).
+    `guessed` names fields that an import had to guess, and `price_source` says where the prices come from.
     """
 
     id: str
@@ -39,6 +58,16 @@ class ModelCard:
     data_classes: frozenset[str] = frozenset({"public"})
     sibling: str | None = None
     cached_input_usd_per_mtok: float | None = None
+    batch_input_usd_per_mtok: float | None = None
+    batch_output_usd_per_mtok: float | None = None
+    batch_cached_input_usd_per_mtok: float | None = None
+    reasoning_usd_per_mtok: float | None = None
+    long_context: tuple[LongContext, ...] = ()
+    max_output_tokens: int | None = None
+    max_concurrency: int | None = None
+    max_tokens_per_second: float | None = None
+    price_source: str | None = None
+    guessed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +92,8 @@ class RouteRequest:
     `messages` holds the conversation, oldest first (a plain prompt is one user message); `tools_chars` is the length of
     the tool definitions as JSON; `needs` are capabilities that the request cannot do without. `candidates` are the
     models that the request names, `allowed` those that its API key may use (None: all). `session` names the
-    conversation, `previous_model` the model that it is with, where the caller knows (see `session`).
+    conversation, `previous_model` the model that it is with, where the caller knows (see `session`). `pressure` is what
+    the budget of its tenant or key asks of the dial, where one does.
     """
 
     messages: tuple[Message, ...]
@@ -87,6 +117,15 @@ class RouteRequest:
     max_cost_usd: float | None = None
     quality_threshold: float | None = None
     objective: Objective | None = None
+    pressure: Pressure | None = None
+
+
+class Pressure(NamedTuple):
+    """What a budget asks of a request's dial: to move by the share `moved` (0 to 1) towards `floor`, and `why`."""
+
+    moved: float
+    floor: float
+    why: str
 
 
 class Candidate(NamedTuple):
@@ -132,7 +171,8 @@ class RouteDecision:
     with (None: no session, or its first request), `stayed` whether that one was chosen, and `cached_tokens` what its
     prompt cache was taken to hold of this request. `degraded` says that the router's twin made the estimates, since its
     own learner was late. `arm` says which bundle's it is, where a canary ran. `drawn` are the models that exploration
-    draws from, where these are not all candidates.
+    draws from, where these are not all candidates. `reserve_usd` is the most that calls of `model` may cost: the
+    estimated input and the longest answer, at full price, as often as the policy's `max_attempts`.
     """
 
     decision_id: str
@@ -154,6 +194,7 @@ class RouteDecision:
     degraded: bool = False
     arm: Arm | None = None
     drawn: tuple[str, ...] | None = None
+    reserve_usd: float | None = None
 
     @property
     def chosen(self) -> Candidate:

@@ -182,8 +182,14 @@ def _shadow(settings: Settings, store: Store) -> Shadow | None:
 
 def _catch_up(shared: Shared, live: LiveRouter, settings: Settings) -> None:
     """Begins with what the other processes know. Raises InputError where the policy that is stored cannot be used."""
+
+    def take(policy: Policy) -> None:
+        live.set_policy(policy)
+        shared.budgets.follow(policy)
+
+    shared.budgets.follow(live.live.router.policy)  # the first round reads what they have spent
     if settings.policy is None:
-        shared.policy_changed = live.set_policy
+        shared.policy_changed = take
     try:
         shared.round()
     except (RouterError, SQLAlchemyError) as error:

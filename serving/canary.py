@@ -48,7 +48,7 @@ async def decide(
     service: Service, shadow: Shadow, arms: Arms, body: RouteBody, asked: Asked, *, record: bool
 ) -> Served:
     """Decides, and keeps what is kept where it is to be recorded. Raises what the champion raises."""
-    down = service.health.down(arms.challenger.providers)
+    down = service.down(arms.challenger)
     served = await _served(service, shadow, arms, asked, down, record=record)
     if record:
         service.record(served.live, body, asked.request, served.decision, served.estimate)
@@ -97,7 +97,7 @@ def _champion(service: Service, arms: Arms, asked: Asked, *, record: bool) -> Se
         made = service.decide(live, asked.request, asked.headers, asked.session, stand, asked.started)
     else:
         estimator = None if stand is None else stand.estimator
-        down = service.health.down(live.providers)
+        down = service.down(live)
         made = live.router.decide_with_estimate(asked.request, down, asked.session, estimator=estimator)
     return Served(live, *made)
 
@@ -136,7 +136,7 @@ def _challenger(
     """The challenger's decision in its arm. A request that the champion refuses is refused."""
     champion, stand, request = arms.champion, asked.stand, asked.request
     estimator = None if stand is None else stand.estimator
-    down = service.health.down(champion.providers)
+    down = service.down(champion)
     try:
         other, _ = arms.quiet_champion.decide_with_estimate(request, down, asked.session, estimator=estimator)
     except NoEligibleModelError:

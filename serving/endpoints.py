@@ -47,6 +47,7 @@ _CONTENT = {MEDIA_TYPE: {"schema": TypeAdapter(ProblemAnswer).json_schema()}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON", "content": _CONTENT},
     401: {"description": "No valid API key", "content": _CONTENT},
+    402: {"description": "A budget is spent, and the policy has it stop requests", "content": _CONTENT},
     403: {"description": "The API key does not cover this", "content": _CONTENT},
     408: {"description": "The request came too slowly", "content": _CONTENT},
     413: {"description": "The body is too large", "content": _CONTENT},
@@ -133,7 +134,8 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
     service: Service = request.app.state.service
     live = service.live.live  # once: no answer mixes two versions
     service.check_size(body)
-    asked = body.to_request(request.scope["caller"], live.router.policy)
+    policy = live.router.policy
+    asked = service.shared.budgets.pressed(body.to_request(request.scope["caller"], policy), policy)
     session = None if asked.session is None else await service.session(asked)
     stand, started = None, None
     if live.embedding is not None:
@@ -151,7 +153,7 @@ async def _answer(body: RouteBody, request: Request, *, record: bool) -> RouteAn
         request.scope["decision"] = decision
     else:
         decision, estimate = live.router.decide_with_estimate(
-            asked, service.health.down(live.providers), session, estimator=None if stand is None else stand.estimator
+            asked, service.down(live), session, estimator=None if stand is None else stand.estimator
         )
     answer = answer_of(live, asked, decision)
     if body.explain and estimate.features is not None:
@@ -178,7 +180,7 @@ async def outcomes(body: OutcomeBody, request: Request) -> OutcomeAnswer:
     receipt = await asyncio.wrap_future(service.store.add_outcome(outcome, idempotency_key=given, key=name))
     if not receipt.replayed:
         called = "status" in body.model_fields_set  # feedback alone says nothing of the call
-        service.count(outcome, request.headers, called=called)
+        service.count(outcome, name, request.headers, called=called)
         service.observe(receipt.outcome_id, outcome, name, call=called)
     return {"outcome_id": receipt.outcome_id, "decision_id": body.decision_id, "request_id": body.request_id}
 

@@ -126,7 +126,7 @@ class RouterML(CustomLogger):  # type: ignore[misc]
             text = {"messages": _plain(messages)} if isinstance(messages, list) else {"prompt": prompt}
             decision = await self._client().route(**text, **_plain(body), **fields)
         except RouterRequestError as error:
-            if error.status in (403, 422):
+            if error.status in (402, 403, 422):  # a spent budget, too, must not be got round
                 why = "".join(f"; {model} {reason}" for model, reason in error.excluded.items())
                 raise self._refused(error.detail + why) from None
             # A wrong key or URL, a body that is too long: the router's absence, but one to be mended.

@@ -42,7 +42,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.registry.register(_State(live, store, health, shared))
-        self.spend = Spend(live.live.router, baseline_model)
+        self.spend = Spend(live.live.router, baseline_model, shared.budgets)
         self._seconds = Durations(SECONDS)
         self._stages = {stage: Durations(STAGE_SECONDS) for stage in STAGES}
         self.registry.register(_Counted(self.spend, self._seconds, self._stages))
@@ -69,7 +69,7 @@ class Metrics:
         self._seconds.observe(estimate_s + choose_s)
         self._stages["estimate"].observe(estimate_s)
         self._stages["choose"].observe(choose_s)
-        self.spend.decided(router, decision, tier)
+        self.spend.decided(router, decision, tier, request)
         for reason in decision.excluded.values():
             self._inc(self._excluded, kind(reason))
 

@@ -30,6 +30,7 @@ _TITLES = {
     "invalid-request": "The request is not valid",
     "no-eligible-model": "No model may serve this request",
     "unauthorized": "An API key is needed",
+    "budget-spent": "The budget is spent",
     "forbidden": "The API key does not cover this",
     "not-found": "There is nothing here",
     "method-not-allowed": "This path takes another method",

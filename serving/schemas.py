@@ -132,6 +132,7 @@ class RouteAnswer(TypedDict):
 
     `incumbent` is the model that the session was with, and `stayed` whether it was chosen, where there is one.
     `degraded` says that the bundle's static twin made the estimates, since its transformer was late or failed.
+    `reserve_usd` is the most that calls of `model` may cost: what a gateway may reserve of a balance.
     """
 
     schema_version: int
@@ -158,6 +159,7 @@ class RouteAnswer(TypedDict):
     incumbent: NotRequired[str]
     stayed: NotRequired[bool]
     degraded: bool
+    reserve_usd: float | None
     explanation: NotRequired[ExplanationAnswer]
 
 

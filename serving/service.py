@@ -17,6 +17,7 @@ from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
+from serving.capacity import Capacity
 from serving.embedding import Stand
 from serving.follower import Follower
 from serving.health import FAILED, Health
@@ -64,6 +65,7 @@ class Service:
     """What follows a registry's alias, where one is followed."""
     shadow: Shadow | None = None
     """What scores requests with a challenger, where there may be one."""
+    capacity: Capacity = field(default_factory=Capacity)
     draining: bool = False
     _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES))
     _batches_waiting: int = 0
@@ -91,6 +93,11 @@ class Service:
         served = self.live.live.providers
         challenger = None if self.shadow is None else self.shadow.challenger.live
         return served if challenger is None else {**challenger.providers, **served}
+
+    def down(self, live: Live) -> Mapping[str, str]:
+        """The models of `live` that are not to be asked just now, and why: those that fail, and those that are full."""
+        down, full = self.health.down(live.providers), self.capacity.full(live.router.catalog)
+        return {**full, **down} if full else down
 
     def degraded(self) -> list[str]:
         """The parts that do not work while routing goes on."""
@@ -196,7 +203,7 @@ class Service:
         try:
             decision, estimate = live.router.decide_with_estimate(
                 asked,
-                self.health.down(live.providers),
+                self.down(live),
                 session,
                 estimator=None if stand is None else stand.estimator,
                 estimated=lambda: marks.append(clock()),
@@ -247,13 +254,17 @@ class Service:
             self.routed.popitem(last=False)
         self.sessions.decided(asked, decision.decision_id, decision.model)
         self.health.chosen(decision.model, live.providers[decision.model], decision.decision_id)
+        catalog = live.router.catalog
+        if decision.model in catalog.bounded:
+            tokens = estimate.input_tokens + float(estimate.output_tokens[catalog.index[decision.model]])
+            self.capacity.decided(catalog, decision.model, decision.decision_id, tokens)
         features = None if self.settings.store_prompts == "none" else estimate.features
         self.store.record(asked, decision, provider=live.providers[decision.model], features=features, **text)
         self.metrics.took("record", time.perf_counter() - started)
 
-    def count(self, outcome: Outcome, headers: Mapping[str, str], *, called: bool) -> None:
-        """Counts and traces an outcome; `called` unless it is feedback alone."""
-        model = self.metrics.spend.reported(outcome, called=called)
+    def count(self, outcome: Outcome, key: str | None, headers: Mapping[str, str], *, called: bool) -> None:
+        """Counts and traces an outcome that a key has sent; `called` unless it is feedback alone."""
+        model = self.metrics.spend.reported(outcome, called=called, key=key)
         if self.tracing is not None:
             self.tracing.evaluated(headers, outcome, model)
 
@@ -269,6 +280,7 @@ class Service:
             self.shared.look_up(outcome_id, outcome, key, call=call)
         elif call and asked == key:
             del self.routed[of]
+            self.capacity.ended(of)
             self.heard(outcome, models)
 
     def heard(self, outcome: Outcome, models: tuple[str, ...]) -> None:
@@ -325,6 +337,7 @@ def answer_of(live: Live, asked: RouteRequest, decision: RouteDecision) -> Route
         "model_version": decision.model_version,
         "policy_version": decision.policy_version,
         "degraded": decision.degraded,
+        "reserve_usd": decision.reserve_usd,
     }
     if decision.incumbent is not None and decision.stayed is not None:
         answer["incumbent"], answer["stayed"] = decision.incumbent, decision.stayed

@@ -14,9 +14,11 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -24,10 +26,11 @@ import sqlalchemy as sa
 from router_ml.errors import InputError, RouterError
 from router_ml.outcome_queue import StoreError
 from router_ml.policy import Policy
-from router_ml.shared import publish, put_policy, read
+from router_ml.shared import publish, put_policy, read, read_spent, tell_spent
 from router_ml.stored import known_decisions
 from router_ml.tables import open_database
 from router_ml.types import Outcome
+from serving.budgets import Budgets
 from serving.health import Health
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,9 @@ class Shared:
         self.unmatched = 0
         """Outcomes since the start whose decision is not stored."""
         self.failures = 0
+        self.budgets = Budgets()
+        """What budgets have spent, here and in the other processes."""
+        self._process = uuid.uuid4().hex
         self._url = url
         self._cache = cache
         self._whose = hashlib.sha256(url.encode()).hexdigest()[:16]  # the cache is of no use to another database
@@ -152,6 +158,7 @@ class Shared:
                 self._remember(news.policy)
             self._seen, self._read_at = news.serial, time.monotonic()
             self._match(engine)
+            self._share_spent(engine)
 
     def recall(self) -> None:
         """Takes up the policy that was last read from this database, on this machine."""
@@ -204,6 +211,14 @@ class Shared:
         except RouterError as error:
             log.error("the stored policy does not fit the bundle, the one before stays in force: %s", error)
 
+    def _share_spent(self, engine: sa.Engine) -> None:
+        if not self.budgets.active:
+            return
+        sums, now = self.budgets.untold(), datetime.now(UTC)
+        if sums:
+            tell_spent(engine, self._process, sums)
+        self.budgets.told(sums, read_spent(engine, self._process, (f"{now:%Y-%m-%d}", f"{now:%Y-%m}")))
+
     def _match(self, engine: sa.Engine) -> None:
         """Finds the decisions of outcomes that came here; those of the last moment wait for news of their circuits."""
         now, kept = time.monotonic(), []
@@ -221,9 +236,12 @@ class Shared:
         for each in kept:
             if each.outcome_id in found:
                 of = found[each.outcome_id]
-                recent = of is not None and of["time_us"] / 1e6 > time.time() - NEWS_SECONDS
-                if of is not None and recent and each.call and of["first"] and of["key"] == each.key:
+                if of is None or not each.call or not of["first"] or of["key"] != each.key:
+                    continue
+                if of["time_us"] / 1e6 > time.time() - NEWS_SECONDS:
                     self.heard(each.outcome, of["models"])
+                if each.outcome.cost_usd is not None:
+                    self.budgets.settled_elsewhere(of, each.outcome.cost_usd)
             elif not each.missed:
                 self._unclear.append(replace(each, at=now, missed=True))
             elif now < each.at + GRACE_SECONDS:

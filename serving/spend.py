@@ -9,11 +9,12 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from router_ml.errors import InputError
 from router_ml.router import Router
-from router_ml.types import Candidate, Outcome, RouteDecision
+from router_ml.types import Candidate, Outcome, RouteDecision, RouteRequest
+from serving.budgets import Budgets
 
 UNKNOWN = "unknown"
 _AWAITED = 50_000  # decisions whose outcomes can still be told by model
@@ -62,13 +63,14 @@ class Spend:
     then the default is compared with.
     """
 
-    def __init__(self, router: Router, baseline_model: str | None = None) -> None:
+    def __init__(self, router: Router, baseline_model: str | None = None, budgets: Budgets | None = None) -> None:
         if baseline_model is not None and baseline_model not in router.catalog:
             raise InputError(
                 f"baseline_model {baseline_model!r} is not in the bundle's catalogue: choose one of "
                 f"{', '.join(router.catalog.ids)}"
             )
         self._baseline_model = baseline_model
+        self._budgets = Budgets() if budgets is None else budgets
         self._rank_for(router)
         self._served: OrderedDict[str, str] = OrderedDict()
         self._chosen, self._baseline = _sums(), _sums()
@@ -80,11 +82,13 @@ class Spend:
         order = baseline_order(router, self._baseline_model)
         self._router, self._first, self._rank = router, order[0], {model: i for i, model in enumerate(order)}
 
-    def decided(self, router: Router, decision: RouteDecision, tier: str) -> None:
-        """Adds a decision beside the baseline of `router`.
+    def decided(self, router: Router, decision: RouteDecision, tier: str, request: RouteRequest | None = None) -> None:
+        """Adds a decision beside the baseline of `router`, and charges the budgets that its `request` is paid from.
 
         One whose costs or probability nobody knows is left out on both sides.
         """
+        if request is not None:
+            self._budgets.decided(router.policy, request, decision)
         if router is not self._router:
             self._rank_for(router)
         chosen, baseline = decision.candidates[0], self._baseline_of(decision)
@@ -110,8 +114,11 @@ class Spend:
                 return candidate
         return min(decision.candidates, key=lambda c: self._rank.get(c.model, math.inf))
 
-    def reported(self, outcome: Outcome, *, called: bool) -> str | None:
-        """Adds an outcome, `called` unless it is feedback alone, and returns the model that served, if it is known."""
+    def reported(self, outcome: Outcome, *, called: bool, key: str | None = None) -> str | None:
+        """Adds an outcome, `called` unless it is feedback alone, and returns the model that served, if it is known.
+
+        Where its `key` has asked for the decision, what it cost settles what budgets were charged.
+        """
         of, model = outcome.decision_id or "", outcome.served_model
         if model is None:
             model = self._served.get(of)
@@ -123,6 +130,7 @@ class Spend:
             self._reported[name, outcome.status] += 1
         if outcome.cost_usd is not None:
             self._paid[name] += outcome.cost_usd
+            self._budgets.settled(of, outcome.cost_usd, key)
         if outcome.quality is not None:
             quality = self._quality[name]
             quality[0] += 1
@@ -151,6 +159,17 @@ class Spend:
         for model, (count, total) in self._quality.items():
             quality.add_metric([model], int(count), total)
         yield quality
+        labels = ["budget", "of", "per"]
+        amount = GaugeMetricFamily("router_budget_usd", "What the policy lets a tenant or key spend.", labels=labels)
+        spent = GaugeMetricFamily(
+            "router_budget_spent_usd", "What is spent of it in this period, by every process.", labels=labels
+        )
+        for budget, usd in self._budgets.states():
+            whose = [str(budget.tenant or budget.key), "key" if budget.tenant is None else "tenant", budget.per]
+            amount.add_metric(whose, budget.usd)
+            spent.add_metric(whose, usd)
+        yield amount
+        yield spent
 
 
 def _families(

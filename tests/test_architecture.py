@@ -22,9 +22,8 @@ UNPICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "ma
 MAX_LINES = 350
 PRODUCT = sorted(path for folder in MAY for path in (ROOT / folder).rglob("*.py"))
 FRONT_DOOR = ROOT / "router_ml" / "cli.py"
-FRONT_DOORS = {FRONT_DOOR} | {
-    ROOT / "router_ml" / f"{name}_cli.py" for name in ("import", "serve", "tune", "evaluate", "rollout")
-}
+ROOMS = ("catalog", "cost", "evaluate", "import", "serve", "tune", "rollout")
+FRONT_DOORS = {FRONT_DOOR} | {ROOT / "router_ml" / f"{room}_cli.py" for room in ROOMS}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:

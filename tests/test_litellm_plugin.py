@@ -342,6 +342,21 @@ def test_a_service_that_refuses_the_key_is_away(sdk: Sdk, tiny_bundle: Path, tmp
     world.upstream.reset()
 
 
+def test_a_spent_budget_is_not_got_round(sdk: Sdk, tiny_bundle: Path, tmp_path: Path, world: World) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[budget]]\ntenant = "acme"\nusd = 1.0\nper = "month"\nhard = true\n')
+    bound = {"metadata": {"router_ml": {"tenant": "acme"}}}
+    with running(tiny_bundle, tmp_path / "store.db", policy=policy) as service:
+        settings = {"url": str(service.http.base_url)}
+        decided = service.http.post("/route", json={"prompt": EASY, "tenant": "acme"}).json()["decision_id"]
+        assert service.http.post("/outcomes", json={"decision_id": decided, "cost_usd": 2.0}).status_code == 200
+        world.upstream.reset()
+        said = sdk(EASY, settings=settings, **bound)
+        assert said["error"] == "BadRequestError" and "has spent its 1 USD" in said["detail"]
+        assert world.upstream.asked == []
+        assert "text" in sdk(EASY, settings=settings)
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/v1/completions", {"prompt": EASY}), ("/v1/messages", {"messages": [{"role": "user", "content": EASY}]})],

@@ -144,6 +144,8 @@ def test_a_decision_comes_back_whole(store: Store) -> None:
         "stayed": False,
         "cached_tokens": 2048.5,
         "degraded": False,
+        "expected_cost_usd": 0.002,
+        "reserve_usd": None,
     }
     assert decision_of_row(row | {"candidates": row["candidates"][:1]}) == replace(made, candidates=made.candidates[:1])
     assert math.isnan(decision_of_row(row).candidates[1].p_ok)
@@ -376,7 +378,7 @@ def test_the_rows_are_a_request_log(store: Store, catalog: Catalog) -> None:
 
 
 def test_a_full_spool_drops_decisions_and_says_so(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store.db"), spool_bytes=4_000, interval=60).start()
+    store = Store(str(tmp_path / "store.db"), spool_bytes=4_200, interval=60).start()
     with sqlite3.connect(tmp_path / "store.db", isolation_level=None) as lock:
         lock.execute("begin exclusive")
         taken = [store.record(request(), decision(), provider="a", prompt="x" * 500) for _ in range(10)]

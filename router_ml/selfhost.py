@@ -1,0 +1,249 @@
+"""What a self-hosted model really costs: replicas for the traffic's own shape, idle hours and operations included.
+
+A replica's work is additive: so many input tokens and so many output tokens of its time at the rates that it reaches
+within the target latency. The traffic is a series of hours that repeats itself; a month has 730 hours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from router_ml.errors import InputError
+from router_ml.traffic_shape import MONTH_HOURS, Traffic
+from router_ml.types import ModelCard
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[np.float64]
+_SCALES = np.geomspace(1e-4, 1e4, 1842)  # volumes tried for the break-even, 1 % apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A model on GPUs of one's own. Rates are tokens a second of one replica at the target latency.
+
+    At least `min_replicas` run, for redundancy, and at most `max_replicas` (None: as many as it takes). Without
+    `autoscaling` as many run as the busiest hour needs; with it as many as each hour needs, and each replica that is
+    started is paid for `start_hours` before it serves. Of them `existing_replicas` are on a cluster that is there
+    already and whose idle time others use: they are paid by the busy hour, at `usd_per_existing_gpu_hour`; all others
+    are paid while they run, at `usd_per_gpu_hour`. Raises InputError for values that are not possible.
+    """
+
+    gpus_per_replica: float
+    usd_per_gpu_hour: float
+    input_tokens_per_second: float
+    output_tokens_per_second: float
+    min_replicas: int = 2
+    max_replicas: int | None = None
+    ops_usd_per_month: float = 0.0
+    autoscaling: bool = False
+    start_hours: float = 0.25
+    existing_replicas: int = 0
+    usd_per_existing_gpu_hour: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_replica", "input_tokens_per_second", "output_tokens_per_second"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"a deployment's {name} has to be a number above 0")
+        for name in ("usd_per_gpu_hour", "ops_usd_per_month", "start_hours", "usd_per_existing_gpu_hour"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"a deployment's {name} has to be a number of 0 or more")
+        most = math.inf if self.max_replicas is None else self.max_replicas
+        if not 0 <= self.min_replicas <= most or most < 1 or self.existing_replicas < 0:
+            raise InputError("a deployment needs 0 <= min_replicas <= max_replicas and existing_replicas of 0 or more")
+
+    @classmethod
+    def from_table(cls, table: Any) -> Deployment:
+        """A deployment from parsed TOML or JSON. Raises InputError that names the field."""
+        if not isinstance(table, Mapping):
+            raise InputError("'deployment' has to be a table")
+        known = {field.name: str(field.type) for field in fields(cls)}
+        if unknown := sorted(set(table) - set(known)):
+            raise InputError(f"deployment: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        for name in ("gpus_per_replica", "usd_per_gpu_hour", "input_tokens_per_second", "output_tokens_per_second"):
+            if name not in table:
+                raise InputError(f"deployment: {name!r} is missing")
+        for name, value in table.items():
+            kinds: tuple[type, ...] = (bool,) if known[name] == "bool" else (int,)
+            kinds += (float,) if known[name] == "float" else ()
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise InputError(f"deployment: {name!r} has to be of the kind {known[name]}, not {value!r}")
+        return cls(**table)
+
+    def load(self, traffic: Traffic) -> tuple[Array, Array]:
+        """(replicas that input keeps busy, those that output does) in each hour, on average; float64 [n] each."""
+        return (
+            traffic.input_tokens / (3600.0 * self.input_tokens_per_second),
+            traffic.output_tokens / (3600.0 * self.output_tokens_per_second),
+        )
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """What a deployment costs with some traffic. `replicas` and `busy` (replicas' worth of work) are float64 [n], an
+    hour each.
+
+    `usd_per_month` has `gpu_usd` and the operations in it. `input_usd_per_mtok` and `output_usd_per_mtok` share it out
+    by the time that input and output take, so that the served tokens at these prices cost exactly that: the effective
+    prices. `utilisation` is work by paid capacity; `overflow` the share of the work for which there is no replica.
+    """
+
+    deployment: Deployment
+    traffic: Traffic
+    replicas: Array
+    busy: Array
+    usd_per_month: float
+    gpu_usd: float
+    input_usd_per_mtok: float
+    output_usd_per_mtok: float
+    utilisation: float
+    overflow: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Input and output tokens a second of the replicas that run at most, for this mix of the two."""
+        work = sum(float(part.sum()) for part in self.deployment.load(self.traffic)) * 3600.0
+        tokens = float(self.traffic.input_tokens.sum() + self.traffic.output_tokens.sum())
+        return float(self.replicas.max()) * tokens / work
+
+    def card(self, card: ModelCard) -> ModelCard:
+        """The model's card with the effective prices, and what the deployment can take at most."""
+        return replace(
+            card,
+            input_usd_per_mtok=float(f"{self.input_usd_per_mtok:.6g}"),
+            output_usd_per_mtok=float(f"{self.output_usd_per_mtok:.6g}"),
+            cached_input_usd_per_mtok=None,
+            batch_input_usd_per_mtok=None,
+            batch_output_usd_per_mtok=None,
+            batch_cached_input_usd_per_mtok=None,
+            reasoning_usd_per_mtok=None,
+            long_context=(),
+            max_tokens_per_second=float(f"{self.tokens_per_second:.6g}"),
+            price_source=(
+                f"self-hosted: {self.usd_per_month:,.0f} USD a month for {self.traffic.mtok_per_month:,.0f} million "
+                f"tokens, {self.utilisation:.0%} utilised"
+            ),
+        )
+
+    def to_frame(self) -> pl.DataFrame:
+        """A row an hour: hour, input_tokens, output_tokens, busy, replicas."""
+        import polars as pl
+
+        of = self.traffic
+        hours = np.arange(len(self.replicas))
+        columns = {"input_tokens": of.input_tokens, "output_tokens": of.output_tokens, "busy": self.busy}
+        return pl.DataFrame({"hour": hours, **columns, "replicas": self.replicas})
+
+    def plot(self) -> Figure:
+        """Replicas that run, and how many of them the work keeps busy, hour by hour."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.step(range(len(self.replicas)), self.replicas, where="mid", label="running")
+        axes.fill_between(range(len(self.busy)), self.busy, step="mid", alpha=0.4, label="busy")
+        axes.set_xlabel("hour")
+        axes.set_ylabel("replicas")
+        axes.legend()
+        return figure
+
+
+def host(deployment: Deployment, traffic: Traffic) -> Hosting:
+    """Sizes the deployment for the traffic and says what it costs a month."""
+    parts = deployment.load(traffic)
+    work = parts[0] + parts[1]
+    running, busy = _sized(deployment, traffic, work)
+    gpu_usd = float(_gpu_usd(deployment, running, busy)) * MONTH_HOURS / len(work)
+    usd = gpu_usd + deployment.ops_usd_per_month
+    served = busy / np.where(work > 0.0, work, 1.0)
+    done = [float((part * served).sum()) for part in parts]
+    months = MONTH_HOURS / len(work) / 1e6
+    mtok = [float((tokens * served).sum()) * months for tokens in (traffic.input_tokens, traffic.output_tokens)]
+    shares = zip(done, mtok, strict=True)
+    price_in, price_out = (usd * time / sum(done) / tokens if tokens else 0.0 for time, tokens in shares)
+    paid = busy.sum() + _idle(deployment, running, busy).sum()
+    return Hosting(
+        deployment, traffic, running, busy, usd, gpu_usd, price_in, price_out,
+        utilisation=float(busy.sum() / paid), overflow=float(1.0 - busy.sum() / work.sum()),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Against:
+    """A self-hosted model beside one that is billed by the token.
+
+    `usd_per_month` is the other's price for the traffic, `self_usd_per_month` the deployment's, with what overflows it
+    served by the other. Self-hosting is no dearer from `break_even_mtok` (million tokens a month, same mix and shape)
+    on, None where it never is between a 10,000th and the 10,000-fold of the traffic; and again dearer from `until_mtok`
+    on, where more volume needs GPUs of another price, None where it stays cheaper.
+    """
+
+    model: str
+    usd_per_month: float
+    self_usd_per_month: float
+    break_even_mtok: float | None
+    until_mtok: float | None
+
+    @property
+    def pays(self) -> bool:
+        """Whether self-hosting costs less at this volume."""
+        return self.self_usd_per_month < self.usd_per_month
+
+
+def against(hosting: Hosting, card: ModelCard) -> Against:
+    """Self-hosting beside the model of a card, at the card's ordinary prices."""
+    deployment, traffic = hosting.deployment, hosting.traffic
+    other = traffic.usd_per_month(card.input_usd_per_mtok, card.output_usd_per_mtok)
+    totals = _totals(deployment, traffic, other, _SCALES)
+    cheaper = totals <= other * _SCALES
+    begins = np.flatnonzero(cheaper)[:1]
+    ends = begins + np.flatnonzero(~cheaper[begins[0] :])[:1] if begins.size else begins
+    even, until = (float(_SCALES[at[0]]) * traffic.mtok_per_month if at.size else None for at in (begins, ends))
+    here = float(_totals(deployment, traffic, other, np.ones(1))[0])
+    return Against(card.id, other, here, even, until)
+
+
+def _totals(deployment: Deployment, traffic: Traffic, other_usd: float, scales: Array) -> Array:
+    """USD a month of self-hosting the traffic times each of `scales`, overflow at the other's price; float64 [k]."""
+    into, out = deployment.load(traffic)
+    work = (into + out) * scales[:, None]
+    running, busy = _sized(deployment, traffic, work)
+    overflow = 1.0 - busy.sum(axis=1) / work.sum(axis=1)
+    gpus = _gpu_usd(deployment, running, busy) * MONTH_HOURS / work.shape[1]
+    total: Array = gpus + deployment.ops_usd_per_month + overflow * other_usd * scales
+    return total
+
+
+def _sized(deployment: Deployment, traffic: Traffic, work: Array) -> tuple[Array, Array]:
+    """(replicas that run, work that they do) in each hour of `work`, replicas' worth [..., n]."""
+    need = np.ceil(work * traffic.peak_to_mean - 1e-9)
+    most = math.inf if deployment.max_replicas is None else deployment.max_replicas
+    running = np.clip(need, deployment.min_replicas, most)
+    if not deployment.autoscaling:
+        running = np.broadcast_to(running.max(axis=-1, keepdims=True), work.shape)
+    return running, np.minimum(work, running / traffic.peak_to_mean)
+
+
+def _idle(deployment: Deployment, running: Array, busy: Array) -> Array:
+    """Hours of replicas that are paid and do nothing, [..., n]: those of an existing cluster are not."""
+    return np.maximum(running - np.maximum(busy, deployment.existing_replicas), 0.0)
+
+
+def _gpu_usd(deployment: Deployment, running: Array, busy: Array) -> Array:
+    """USD for the GPUs of all the hours, [...]."""
+    existing = np.minimum(busy, deployment.existing_replicas).sum(axis=-1)
+    rented = np.maximum(running - deployment.existing_replicas, 0.0)
+    started = np.maximum(rented - np.roll(rented, 1, axis=-1), 0.0).sum(axis=-1)
+    hours = rented.sum(axis=-1) + started * deployment.start_hours
+    usd: Array = deployment.gpus_per_replica * (
+        existing * deployment.usd_per_existing_gpu_hour + hours * deployment.usd_per_gpu_hour
+    )
+    return usd
