@@ -15,7 +15,7 @@ from router_ml.audit_cli import audit
 from router_ml.evaluate_cli import evaluate, promote
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
-from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
+from router_ml.terminal import TRACKING, Commands, ExistingFile, LogPath, PathArg, bar, say_log, stages
 from router_ml.tune_cli import compare, explore, tune
 
 ENCODER = click.option(
@@ -104,7 +104,7 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 
 
 @main.command()
-@click.option("--logs", required=True, type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
+@click.option("--logs", required=True, type=LogPath(), help="A log directory or file, or the URL of one.")
 @click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory has its own.")
 @click.option(
     "--quality-threshold",
@@ -123,8 +123,9 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
 @TRACKING
 def train(
-    logs: Path, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str, encoder_model: str | None,
-    keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
+    logs: Path | str, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str,
+    encoder_model: str | None, keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None,
+    alias: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Learn a router from a log and write it as a bundle.
 
@@ -134,7 +135,7 @@ def train(
     from router_ml.logs import read_log_info
     from training.train import train as run
 
-    if catalog is None and logs.is_file():
+    if catalog is None and Path(logs).is_file():
         raise click.UsageError(f"{logs} is a single file, which has no catalogue in it: give --catalog FILE")
     cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
     with stages() as report:

@@ -26,7 +26,8 @@ for _name, _value in {
 import pytest  # noqa: E402  (it imports plugins, which may import any of them)
 
 if TYPE_CHECKING:
-    import polars as pl
+    import numpy as np
+import polars as pl
 
     from router_ml.catalog import Catalog
     from training.train import Training
@@ -239,7 +240,9 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
     data = build_dataset(tiny_log, catalog)
     learned = fit(data, encoder="lexical")
     manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
-    save_router(out, learned.estimator, manifest, newest(data.ids, learned.embeddings, data.quality))
+    save_router(
+        out, learned.estimator, manifest, newest(data.ids, learned.embeddings(np.arange(len(data))), data.quality)
+    )
     return out
 
 

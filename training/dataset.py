@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import polars as pl
 from router_ml.catalog import Catalog
 from router_ml.costs import Reliability
 from router_ml.errors import InputError
-from router_ml.logs import scan_log
+from router_ml.logs import LogFiles, scan_log
 from router_ml.types import RouteRequest
 from training.requests import TEXT, LoggedRequests
 
@@ -68,8 +67,8 @@ class Dataset:
         )
 
 
-def build_dataset(log: pl.DataFrame | str | Path, catalog: Catalog) -> Dataset:
-    """Gathers the log's rows that have a prompt by distinct request; of a log's path it reads no text into memory.
+def build_dataset(log: pl.DataFrame | LogFiles, catalog: Catalog) -> Dataset:
+    """Gathers the log's rows that have a prompt by distinct request; of files it reads no text into memory.
 
     Several outcomes of one model on one request are averaged. Rows without a prompt or messages cannot be learnt from
     and are left out (they still count for cost and volume elsewhere). Texts are told apart by 64-bit hashes: among ten
@@ -130,7 +129,7 @@ def build_dataset(log: pl.DataFrame | str | Path, catalog: Catalog) -> Dataset:
     return Dataset(
         catalog,
         first["request_id"].to_list(),
-        LoggedRequests(log if isinstance(log, pl.DataFrame) else str(log), first["_at"].to_numpy()),
+        LoggedRequests(log, first["_at"].to_numpy()),
         matrix("quality"),
         matrix("output_tokens"),
         first["input_tokens"].cast(pl.Float32).fill_null(float("nan")).to_numpy(),

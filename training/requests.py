@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from router_ml.conversation import request_of_log_row
-from router_ml.logs import scan_log
+from router_ml.logs import LogFiles, scan_log
 from router_ml.types import RouteRequest
 
 TEXT = ("prompt", "messages", "tools")
@@ -22,12 +22,12 @@ _BATCH = 4096
 
 @dataclass(frozen=True, eq=False)
 class LoggedRequests(Sequence[RouteRequest]):
-    """Requests by their row numbers `at` int64 [n] in a log: a frame, or the path of one that `scan_log` reads.
+    """Requests by their row numbers `at` int64 [n] in a log: a frame, or its files.
 
-    Each is parsed when it is asked for. Rows in ascending order are read from a path in one pass.
+    Each is parsed when it is asked for. Rows in ascending order are read from files in one pass.
     """
 
-    log: pl.DataFrame | str
+    log: pl.DataFrame | LogFiles
     at: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class LoggedRequests(Sequence[RouteRequest]):
 
     def own(self) -> LoggedRequests:
         """The same without the rows of a frame that are not asked for: what is sent to another process."""
-        if isinstance(self.log, str):
+        if isinstance(self.log, LogFiles):
             return self
         return LoggedRequests(self.texts(), np.arange(len(self)))
 

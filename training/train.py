@@ -18,6 +18,7 @@ from features.text import request_text
 from router_ml.bundle import check_replaceable
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
+from router_ml.log_files import LogFiles, is_url, log_files
 from router_ml.logs import log_sha256, read_log, scan_log
 from router_ml.types import Estimate
 from training.dataset import Dataset, build_dataset, reliability, split_by_time
@@ -134,16 +135,17 @@ def train(
     return Training(made, version, params, metrics, held_out, judged, front)
 
 
-def opened(logs: str | Path | pl.DataFrame) -> tuple[pl.DataFrame | str, pl.LazyFrame]:
-    """A log as what `build_dataset` takes and as a lazy frame: Parquet stays on disk, text files are read here once.
+def opened(logs: str | Path | pl.DataFrame) -> tuple[pl.DataFrame | LogFiles, pl.LazyFrame]:
+    """A log as what `build_dataset` takes and as a lazy frame: Parquet stays where it is, text files are read here.
 
     Raises InputError as `scan_log` does.
     """
     if isinstance(logs, pl.DataFrame):
         return logs, logs.lazy()
-    if str(logs).lower().endswith((".csv", ".jsonl")):
+    if not is_url(logs) and Path(logs).is_file() and Path(logs).suffix.lower() != ".parquet":
         return opened(read_log(logs))
-    return str(logs), scan_log(logs)
+    files = log_files(logs)
+    return opened(read_log(files)) if files.here else (files, scan_log(files))
 
 
 def _judged(
