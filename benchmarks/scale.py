@@ -4,7 +4,7 @@
 
 The logs are made first and are not timed: requests of 200 to 600 characters, nearly all different, one outcome each of
 one of eight models, drawn evenly. `train` then goes from Parquet to a bundle with its defaults, on a tenth of the rows
-and on all. Memory is the largest sum of what all its processes had resident, looked at ten times a second: pages that
+and on all. Memory is the largest sum of what all its processes had resident, looked at four times a second: pages that
 they share count more than once.
 """
 
@@ -109,7 +109,7 @@ def measured(command: list[str], log: Path) -> Used:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, _resident(root))
-            time.sleep(0.1)
+            time.sleep(0.25)
     if process.returncode:
         raise click.ClickException(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
     seconds, after = time.perf_counter() - started, os.times()

@@ -115,6 +115,13 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 )
 @ENCODER
 @click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="This machine's cores, or the Ray cluster that RAY_ADDRESS names.",
+)
 @click.option("--keep-prompts", is_flag=True, help="Keep the texts' beginnings in the bundle, for explanations.")
 @click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
 @SEED
@@ -124,7 +131,7 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @TRACKING
 def train(
     logs: Path | str, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str,
-    encoder_model: str | None, keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None,
+    encoder_model: str | None, engine: str, keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None,
     alias: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Learn a router from a log and write it as a bundle.
@@ -133,6 +140,7 @@ def train(
     """
     from router_ml.catalog import Catalog
     from router_ml.logs import read_log_info
+    from training.engines import engine_of
     from training.train import train as run
 
     if catalog is None and Path(logs).is_file():
@@ -141,7 +149,7 @@ def train(
     with stages() as report:
         made = run(
             logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,
-            holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report,
+            holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report, engine=engine_of(engine),
         )  # fmt: skip
     click.echo(f"bundle {made.version} in {out}")
     click.echo(json.dumps(made.metrics, indent=1))

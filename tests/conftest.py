@@ -26,8 +26,7 @@ for _name, _value in {
 import pytest  # noqa: E402  (it imports plugins, which may import any of them)
 
 if TYPE_CHECKING:
-    import numpy as np
-import polars as pl
+    import polars as pl
 
     from router_ml.catalog import Catalog
     from training.train import Training
@@ -230,6 +229,8 @@ def tiny_log(catalog: Catalog) -> pl.DataFrame:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really trained bundle, with the lexical encoder. It is shared: copy it before you change it."""
+    import numpy as np
+
     from features.load import save_router
     from features.neighbours import newest
     from router_ml.logs import log_sha256
@@ -240,9 +241,8 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
     data = build_dataset(tiny_log, catalog)
     learned = fit(data, encoder="lexical")
     manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
-    save_router(
-        out, learned.estimator, manifest, newest(data.ids, learned.embeddings(np.arange(len(data))), data.quality)
-    )
+    embeddings = learned.embeddings(np.arange(len(data)))
+    save_router(out, learned.estimator, manifest, newest(data.ids, embeddings, data.quality))
     return out
 
 

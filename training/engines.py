@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from training.boosting import Boosted, Cells, boost
+
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,6 +31,10 @@ class Engine(Protocol):
         self, function: Callable[[Shared, Task], Result], shared: Shared, tasks: Iterable[Task], count: int
     ) -> Iterator[Result]:
         """`function(shared, task)` of each of `count` tasks, in their order; `function` is a module's own."""
+        ...
+
+    def boost(self, cells: Cells) -> Boosted:
+        """The boosters of all folds and that of all cells."""
         ...
 
 
@@ -63,6 +69,19 @@ class Local:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def boost(self, cells: Cells) -> Boosted:
+        """See `Engine`: in this process, on LightGBM's threads."""
+        return boost(cells)
+
+
+def engine_of(name: str) -> Engine:
+    """The engine "local" or "ray". Raises InputError as `Ray` does."""
+    if name == "ray":
+        from training.ray_engine import Ray  # Ray is no part of [train]
+
+        return Ray()
+    return Local()
 
 
 def _cores() -> int:

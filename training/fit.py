@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
@@ -18,7 +16,8 @@ from features.outcomes import OutcomeHeads
 from features.text import request_text, words
 from router_ml.errors import InputError
 from router_ml.quality import Calibration, LearnedEstimator, blend
-from router_ml.trees import LEAVES, Trees
+from router_ml.trees import Trees
+from training.boosting import Boosted, Cells
 from training.calibrate import calibrate
 from training.dataset import Dataset, Matrix, folds_of
 from training.design import KernelDesign, LexicalDesign, fit_request_featurizer
@@ -32,9 +31,6 @@ from training.requests import read
 from training.scratch import Scratch
 
 FOLDS = 5
-ROUNDS = 80
-_ONE_THREAD_BELOW = 50_000
-"""Rows below which LightGBM's threads cost more than they save: on a busy machine each round waits for the slowest."""
 _ONE_PROCESS_BELOW = 32_768
 """Requests below which other processes take longer to start than they save in fitting networks."""
 VOCABULARY_ROWS = 32_768
@@ -46,18 +42,6 @@ _ADAPTED_BY = 4096
 """Training requests by whose texts an encoder is adapted to the log."""
 DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
-BOOSTER_PARAMS: dict[str, Any] = {
-    "objective": "binary",
-    "num_leaves": LEAVES,
-    "learning_rate": 0.15,
-    "feature_fraction": 0.7,
-    "bagging_fraction": 0.7,
-    "bagging_freq": 1,
-    "lambda_l2": 10.0,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbosity": -1,
-}
 
 
 @dataclass(frozen=True)
@@ -184,19 +168,22 @@ def _fit(
     tasks, count = (kept.part(at, fold[at]) for at in kept.inputs.chunks(TASK)), count_of(data.requests)
     for made in ticked(engine.map(candidate_rows, tuple(by_fold), tasks, count), "training rows", say, count):
         rows.append(made)
-    booster, rounds, mixed = _boost(rows, labels, fold, final.names, seed, say)
+    say("booster", 0.0)
+    boosted = engine.boost(_cells(rows, labels, fold, final.names, seed))
+    say("booster", 1.0)
+    mixed = _average(rows, fold, boosted, say)
     some = sampled(len(data), CALIBRATION_ROWS, seed)
     weight = 1.0 / data.propensity[some].astype(np.float64)
     calibration = Calibration.stack(
         [calibrate(mixed[some], at[some], weight, t) for t, at in zip(thresholds, labels_at, strict=True)]
     )
     return Fit(
-        LearnedEstimator(final, Trees(booster.model_to_string(num_iteration=-1)), calibration),
+        LearnedEstimator(final, Trees(boosted.text), calibration),
         fold,
         tuple(by_fold),
         rows,
         calibration.apply(mixed),
-        rounds,
+        boosted.rounds,
         kept.inputs,
         encoder.dim,
     )
@@ -216,54 +203,28 @@ def _vocabulary(
     return encoder, *fit_request_featurizer(requests, texts, text_words, encoder, seed)
 
 
-def _boost(
-    rows: Scratch, labels: Matrix, fold: npt.NDArray[np.int64], names: tuple[str, ...], seed: int, say: Report
-) -> tuple[lgb.Booster, int, Matrix]:
-    """The pooled classifier, its number of rounds (least log loss out of fold) and, out of fold, the average [n, m]."""
+def _cells(rows: Scratch, labels: Matrix, fold: npt.NDArray[np.int64], names: tuple[str, ...], seed: int) -> Cells:
+    """The rows of known outcomes that the booster is fitted on."""
     m, d = rows.shape
     cells = np.flatnonzero(~np.isnan(labels))
     cells = cells[sampled(len(cells), BOOSTER_ROWS, seed)]
     x = np.concatenate([rows[at].reshape(-1, d)[_within(cells, at, m)] for at in rows.chunks(TASK)])
-    y, of = labels.ravel()[cells], fold[cells // m]
-    params = {**BOOSTER_PARAMS, "seed": seed, "min_data_in_leaf": int(np.clip(len(y) // 100, 5, 100))}
-    if not np.isin(y, (0.0, 1.0)).all():  # of several thresholds
-        params["objective"] = "cross_entropy"
-    if len(y) < _ONE_THREAD_BELOW:
-        params["num_threads"] = 1
-    names_list = list(names)
+    return Cells(x, labels.ravel()[cells], fold[cells // m], FOLDS, names, seed)
 
-    def dataset(at: npt.NDArray[np.bool_] | slice) -> lgb.Dataset:
-        return lgb.Dataset(x[at], y[at], feature_name=names_list, params=params, free_raw_data=False)
 
-    boosters, losses = [], np.zeros(ROUNDS)
-    for f in ticked(range(FOLDS), "booster", say):
-        held = of == f
-        curve: dict[str, dict[str, list[float]]] = {}
-        train = dataset(~held)
-        boosters.append(
-            lgb.train(
-                params,
-                train,
-                ROUNDS,
-                valid_sets=[lgb.Dataset(x[held], y[held], reference=train)] if held.any() else [],
-                valid_names=["held"] if held.any() else [],
-                callbacks=[lgb.record_evaluation(curve)],
-            )
-        )
-        if held.any():
-            (loss,) = curve["held"].values()
-            losses += np.array(loss) * int(held.sum())
-    rounds = int(losses.argmin()) + 1
-    mixed = np.empty(labels.shape, dtype=np.float32)
+def _average(rows: Scratch, fold: npt.NDArray[np.int64], boosted: Boosted, say: Report) -> Matrix:
+    """The average of booster and heads, each request by those that have not seen its fold; float32 [n, m]."""
+    m, d = rows.shape
+    mixed = np.empty((len(rows), m), dtype=np.float32)
     for at in ticked(list(rows.chunks(TASK)), "average", say):
         part, own, raw = rows[at], fold[at], np.empty((at.stop - at.start, m), dtype=np.float32)
-        for f, booster in enumerate(boosters):
+        for f, booster in enumerate(boosted.by_fold):
             some = own == f
             if some.any():
-                found = booster.predict(part[some].reshape(-1, d), num_iteration=rounds)
+                found = booster.predict(part[some].reshape(-1, d), num_iteration=boosted.rounds)
                 raw[some] = np.asarray(found).reshape(-1, m)
         mixed[at] = blend(raw, np.moveaxis(part[..., : len(PARTS)], -1, 0))
-    return lgb.train(params, dataset(slice(None)), rounds), rounds, mixed
+    return mixed
 
 
 def _within(cells: npt.NDArray[np.int64], at: slice, m: int) -> npt.NDArray[np.int64]:
