@@ -51,7 +51,7 @@ class Dataset:
 
     def labels(self, threshold: float) -> Matrix:
         """1 where quality is at least `threshold`, 0 where below, NaN where unknown; [n, m]."""
-        return np.where(self.observed, self.quality >= threshold, np.nan).astype(np.float32)
+        return np.where(self.observed, (self.quality >= threshold).astype(np.float32), np.float32(np.nan))
 
     def take(self, rows: npt.NDArray[np.int64]) -> Dataset:
         """The data set restricted to some rows."""

@@ -182,7 +182,7 @@ def _fit(
         fold,
         tuple(by_fold),
         rows,
-        calibration.apply(mixed),
+        np.concatenate([calibration.apply(mixed[at]) for at in rows.chunks(TASK)]),
         boosted.rounds,
         kept.inputs,
         encoder.dim,
