@@ -42,7 +42,7 @@ class Engine(Protocol):
 class Local:
     """This process for one task, for more of them as many processes as there are cores, each on one thread.
 
-    `processes` 1 keeps to this process. A script that trains on more than some ten thousand requests has to guard its
+    `processes` 1 keeps to this process. A script that trains on more than 32,768 requests has to guard its
     main part by `if __name__ == "__main__"`, as with all of Python's processes.
     """
 
