@@ -349,7 +349,7 @@ def test_scale_measures_training_from_parquet_to_bundle(tmp_path: Path) -> None:
     ran = benchmark("scale", "--rows", 1000, "--no-growth", "--folder", tmp_path, "--json", tmp_path / "scale.json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads((tmp_path / "scale.json").read_text())
-    assert found["rows"] == 1000 and 0 < found["train_cpu_s"] and 0.1 < found["train_peak_gb"] < 8
+    assert found["rows"] == 1000 and found["train_cpu_s"] > 0 and 0.1 < found["train_peak_gb"] < 8
     manifest = json.loads((tmp_path / "bundle-1000" / "manifest.json").read_text())
     assert len(manifest["catalog"]["models"]) == 8 and manifest["metrics"]["train_outcomes"] == 800
     log = pl.read_parquet(tmp_path / "log-1000" / "part-*.parquet")
