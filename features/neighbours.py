@@ -48,6 +48,12 @@ class Neighbours:
         return [(int(i), float(similarity[i])) for i in np.argsort(-similarity, kind="stable")[:k]]
 
 
+def newest_rows(outcomes: npt.NDArray[np.float32], most: int = MOST) -> npt.NDArray[np.int64]:
+    """Row numbers, ascending, of the `most` newest of requests [n, m], oldest first, that have an outcome."""
+    rows: npt.NDArray[np.int64] = np.flatnonzero(~np.isnan(outcomes).all(axis=1))[-most:]
+    return rows
+
+
 def newest(
     ids: Sequence[str],
     embeddings: npt.NDArray[np.float32],
@@ -60,7 +66,7 @@ def newest(
 
     `embeddings` [n, e] may have any length; `prompts` are cut to `PROMPT_CHARS` characters.
     """
-    rows = np.flatnonzero(~np.isnan(outcomes).all(axis=1))[::-1][:most]
+    rows = newest_rows(outcomes, most)[::-1]
     norms = np.linalg.norm(embeddings[rows], axis=1, keepdims=True)
     unit = embeddings[rows] / np.where(norms > 0.0, norms, np.float32(1.0))
     return Neighbours(

@@ -18,7 +18,7 @@ from router_ml.evaluate_cli import evaluate, promote
 from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
-from router_ml.terminal import TRACKING, Commands, ExistingFile, PathArg, bar, say_log, stages
+from router_ml.terminal import TRACKING, Commands, ExistingFile, LogPath, PathArg, bar, say_log, stages
 from router_ml.tune_cli import compare, explore, tune
 
 ENCODER = click.option(
@@ -69,7 +69,7 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 
 
 @main.command()
-@click.option("--logs", required=True, type=click.Path(exists=True, path_type=Path), help="A log directory or file.")
+@click.option("--logs", required=True, type=LogPath(), help="A log directory or file, or the URL of one.")
 @click.option("--catalog", type=ExistingFile, help="Model cards, JSON; a log directory has its own.")
 @click.option(
     "--quality-threshold",
@@ -80,6 +80,13 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 )
 @ENCODER
 @click.option("--encoder-model", help="A folder with all-MiniLM-L6-v2, where it is not found by itself.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="This machine's cores, or the Ray cluster that RAY_ADDRESS names.",
+)
 @click.option("--keep-prompts", is_flag=True, help="Keep the texts' beginnings in the bundle, for explanations.")
 @click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
 @SEED
@@ -88,8 +95,9 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
 @TRACKING
 def train(
-    logs: Path, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str, encoder_model: str | None,
-    keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None, alias: str | None, tracking_uri: str,
+    logs: Path | str, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str,
+    encoder_model: str | None, engine: str, keep_prompts: bool, holdout: float, seed: int, out: Path, name: str | None,
+    alias: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Learn a router from a log and write it as a bundle.
 
@@ -97,15 +105,16 @@ def train(
     """
     from router_ml.catalog import Catalog
     from router_ml.logs import read_log_info
+    from training.engines import engine_of
     from training.train import train as run
 
-    if catalog is None and logs.is_file():
+    if catalog is None and Path(logs).is_file():
         raise click.UsageError(f"{logs} is a single file, which has no catalogue in it: give --catalog FILE")
     cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
     with stages() as report:
         made = run(
             logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,
-            holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report,
+            holdout=holdout, seed=seed, keep_prompts=keep_prompts, report=report, engine=engine_of(engine),
         )  # fmt: skip
     click.echo(f"bundle {made.version} in {out}")
     click.echo(json.dumps(made.metrics, indent=1))

@@ -5,13 +5,12 @@ A log is a directory: `part-00000.parquet` and on, `rejects.parquet` where rows 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from router_ml.errors import InputError
+from router_ml.log_files import LogFiles, is_url, log_files, read_log_info
 from router_ml.log_schema import LOG_SCHEMA, REQUIRED, ValidationState, convert, validate
 from router_ml.log_writer import LOG_FORMAT, LogHash, LogSummary, LogWriter, keep_rejects, write_log
 from router_ml.rawfiles import CHUNK_ROWS, REASON, REJECT_SCHEMA, ROW, RawFrame, read_frames
@@ -21,11 +20,13 @@ __all__ = [
     "LOG_SCHEMA",
     "REJECT_SCHEMA",
     "REQUIRED",
+    "LogFiles",
     "LogSummary",
     "LogWriter",
     "RawFrame",
     "ValidationState",
     "keep_rejects",
+    "log_files",
     "log_sha256",
     "read_frames",
     "read_log",
@@ -36,37 +37,18 @@ __all__ = [
 ]
 
 
-def read_log_info(path: str | Path) -> dict[str, Any]:
-    """The `log.json` of a log directory. Raises InputError when it is missing, unreadable or of another format."""
-    file = Path(path) / "log.json"
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is not a log: it has no log.json; write one with `router-ml import` or `simulate`"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not readable JSON: {error}") from None
-    if not isinstance(info, dict) or info.get("format") != LOG_FORMAT:
-        raise InputError(f"{file} is not of log format {LOG_FORMAT}: write the log again with this version")
-    return info
+def scan_log(path: str | Path | LogFiles) -> pl.LazyFrame:
+    """A log as a lazy frame with exactly `LOG_SCHEMA`: a log directory, partitioned folders or a single file.
 
-
-def scan_log(path: str | Path) -> pl.LazyFrame:
-    """A log as a lazy frame with exactly `LOG_SCHEMA`: a log directory, or a single .parquet, .csv or .jsonl file.
-
-    Missing optional columns come as nulls, unknown ones are ignored. The rows of a single file are not validated, only
-    their types are. Raises InputError that names the column, or for text files the first row, that does not fit.
+    A file is .parquet, .csv or .jsonl; Parquet may be at a URL (`log_files`). Missing optional columns come as nulls,
+    unknown ones are ignored. The rows of files that were not written as a log are not validated, only their types are.
+    Raises InputError that names the column, or for text files the first row, that does not fit.
     """
+    if not isinstance(path, LogFiles) and (is_url(path) or Path(path).is_dir() or _suffix(path) == ".parquet"):
+        path = log_files(path)
+    if isinstance(path, LogFiles):
+        return path.scan() if path.whole else _fit(path)
     path = Path(path)
-    if path.is_dir():
-        files = [path / part["file"] for part in read_log_info(path)["parts"]]
-        lost = [file.name for file in files if not file.is_file()]
-        if lost:
-            raise InputError(f"{path} is incomplete: {lost[0]} is missing; write the log again")
-        return pl.scan_parquet(files, schema=LOG_SCHEMA)
-    if path.suffix.lower() == ".parquet":
-        return _fit(path)
     frames = []
     for chunk in read_frames(path, LOG_SCHEMA.get):
         _check_columns(path, [c for c in chunk.frame.columns if not c.startswith("__")])
@@ -82,14 +64,13 @@ def scan_log(path: str | Path) -> pl.LazyFrame:
     return pl.concat(frames).lazy() if frames else pl.LazyFrame(schema=LOG_SCHEMA)
 
 
-def _fit(path: Path) -> pl.LazyFrame:
-    if not path.is_file():
-        raise InputError(f"there is no log at {path}: correct the path")
-    try:
-        frame = pl.scan_parquet(path)
-        found = frame.collect_schema()
-    except pl.exceptions.PolarsError as error:
-        raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
+def _fit(files: LogFiles) -> pl.LazyFrame:
+    path, frame = files.name, files.scan()
+    found = frame.collect_schema()
     _check_columns(path, found.names())
     columns = []
     for name, dtype in LOG_SCHEMA.items():
@@ -111,18 +92,18 @@ def _fit(path: Path) -> pl.LazyFrame:
     return frame.select(columns)
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
+def _check_columns(path: str | Path, names: list[str]) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise InputError(f"{path} is not a log: it has no column {missing[0]!r}; it has {', '.join(names)}")
 
 
-def read_log(path: str | Path) -> pl.DataFrame:
+def read_log(path: str | Path | LogFiles) -> pl.DataFrame:
     """The whole log in memory; see `scan_log` for what `path` may be and what is raised."""
     return scan_log(path).collect()
 
 
-def log_sha256(log: str | Path | pl.DataFrame) -> str:
+def log_sha256(log: str | Path | LogFiles | pl.DataFrame) -> str:
     """SHA-256 of a log's content: its columns' values in row order, whatever the files, parts and compression are."""
     digest = LogHash()
     if isinstance(log, pl.DataFrame):

@@ -25,6 +25,17 @@ TRACKING = click.option(
 )
 
 
+class LogPath(click.Path):
+    """A log on this disk, which has to exist, as a Path; or the URL of one, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See the class."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 class Commands(click.Group):
     """Turns the project's own errors into one line on stderr and exit code 2."""
 

@@ -16,6 +16,7 @@ from benchmarks.learning_curve import main as learning_curve
 from benchmarks.load import main as load
 from benchmarks.ope import main as ope
 from benchmarks.quality import main as quality
+from benchmarks.scale import main as scale
 from benchmarks.tune import main as tune
 from router_ml.cli import main as router_ml
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS: dict[str, click.Command] = {
     "router-ml": router_ml,
     "python -m benchmarks.quality": quality,
+    "python -m benchmarks.scale": scale,
     "python -m benchmarks.latency": latency,
     "python -m benchmarks.load": load,
     "python -m benchmarks.cold_start": cold_start,

@@ -256,6 +256,8 @@ def tiny_log(catalog: Catalog) -> pl.DataFrame:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really trained bundle, with the lexical encoder. It is shared: copy it before you change it."""
+    import numpy as np
+
     from features.load import save_router
     from features.neighbours import newest
     from router_ml.logs import log_sha256
@@ -266,7 +268,8 @@ def tiny_bundle(tiny_log: pl.DataFrame, catalog: Catalog, tmp_path_factory: pyte
     data = build_dataset(tiny_log, catalog)
     learned = fit(data, encoder="lexical")
     manifest = {"quality_threshold": 0.5, "log_sha256": log_sha256(tiny_log), "metrics": {}}
-    save_router(out, learned.estimator, manifest, newest(data.ids, learned.embeddings, data.quality))
+    embeddings = learned.embeddings(np.arange(len(data)))
+    save_router(out, learned.estimator, manifest, newest(data.ids, embeddings, data.quality))
     return out
 
 

@@ -343,3 +343,15 @@ def test_off_policy_estimates_are_held_against_the_truth(matrix: Path) -> None:
     ignored = found["selected"]["quality"]["dr-ratio-unknown"]
     assert ignored["bias_z"] < -2, "the control: who does not know of the selection is misled"
     assert found["looks"]["sequence"] >= 0.8
+
+
+def test_scale_measures_training_from_parquet_to_bundle(tmp_path: Path) -> None:
+    ran = benchmark("scale", "--rows", 1000, "--no-growth", "--folder", tmp_path, "--json", tmp_path / "scale.json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "scale.json").read_text())
+    assert found["rows"] == 1000 and found["train_cpu_s"] > 0 and 0.1 < found["train_peak_gb"] < 8
+    manifest = json.loads((tmp_path / "bundle-1000" / "manifest.json").read_text())
+    assert len(manifest["catalog"]["models"]) == 8 and manifest["metrics"]["train_outcomes"] == 800
+    log = pl.read_parquet(tmp_path / "log-1000" / "part-*.parquet")
+    assert log["prompt"].n_unique() > 990
+    assert log["prompt"].str.len_chars().is_between(200, 600).all()

@@ -3,52 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from features.encoder import Encoder
-from features.featurizer import CandidateFeaturizer, RequestFeatures
+from features.featurizer import PARTS, CandidateFeaturizer, RequestFeaturizer
 from features.outcomes import OutcomeHeads
-from features.text import conversation_chars, request_text, words
+from features.text import request_text, words
 from router_ml.errors import InputError
 from router_ml.quality import Calibration, LearnedEstimator, blend
-from router_ml.trees import LEAVES, Trees
+from router_ml.trees import Trees
+from training.boosting import Boosted, Cells
 from training.calibrate import calibrate
 from training.dataset import Dataset, Matrix, folds_of
-from training.design import fit_request_featurizer
+from training.design import KernelDesign, LexicalDesign, fit_request_featurizer
 from training.encoders import make_encoder
-from training.heads import Moments, fit_head, model_means, moments, total
-from training.network import Network, fit_networks, network_inputs
-
-Report = Callable[[str, float], None]
-"""Told of progress: the stage's name and its share done, in [0, 1]."""
+from training.engines import Engine, Local
+from training.heads import Moments, fit_head, model_means
+from training.network import Network, NetworkData, fit_networks, input_scale
+from training.passes import TASK, Reading, candidate_rows
+from training.reading import Report, count_of, read_all, sampled, ticked
+from training.requests import read
+from training.scratch import Scratch
 
 FOLDS = 5
-ROUNDS = 80
-_ONE_THREAD_BELOW = 50_000
-"""Rows below which LightGBM's threads cost more than they save: on a busy machine each round waits for the slowest."""
+_ONE_PROCESS_BELOW = 32_768
+"""Requests below which other processes take longer to start than they save in fitting networks."""
+VOCABULARY_ROWS = 32_768
+NETWORK_ROWS = 65_536
+BOOSTER_ROWS = 500_000
+CALIBRATION_ROWS = 1_000_000
+"""The most that each of these stages sees: more make it slower and no better (docs/benchmarks.md)."""
 _ADAPTED_BY = 4096
 """Training requests by whose texts an encoder is adapted to the log."""
 DEFAULT_OUTPUT_TOKENS = 256.0
 """Expected output of a model whose log has no token counts at all."""
-BOOSTER_PARAMS: dict[str, Any] = {
-    "objective": "binary",
-    "num_leaves": LEAVES,
-    "learning_rate": 0.15,
-    "feature_fraction": 0.7,
-    "bagging_fraction": 0.7,
-    "bagging_freq": 1,
-    "lambda_l2": 10.0,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbosity": -1,
-}
 
 
 @dataclass(frozen=True)
@@ -57,16 +50,22 @@ class Fit:
 
     `fold` [n] is each training request's fold, `fold_featurizers` the paths that made their rows `rows` float32
     [n, m, d], `out_of_fold` float32 [n, m] their probability from heads and boosters of the other folds. Calibration
-    (two numbers a model) and the number of rounds are chosen on these same rows. `embeddings` is float32 [n, e].
+    (two numbers a model) and the number of rounds are chosen on these same rows. `rows` and `inputs` float32 [n, k],
+    which begin with the embedding of `embedding` numbers, are on disk.
     """
 
     estimator: LearnedEstimator
     fold: npt.NDArray[np.int64]
     fold_featurizers: tuple[CandidateFeaturizer, ...]
-    rows: Matrix
+    rows: Scratch
     out_of_fold: Matrix
     rounds: int
-    embeddings: Matrix
+    inputs: Scratch
+    embedding: int
+
+    def embeddings(self, rows: npt.NDArray[np.int64]) -> Matrix:
+        """The embeddings of some training requests, float32 [k, e]."""
+        return self.inputs[rows][:, : self.embedding]
 
 
 def fit(
@@ -77,11 +76,17 @@ def fit(
     encoder_model: str | None = None,
     seed: int = 0,
     report: Report | None = None,
+    engine: Engine | None = None,
 ) -> Fit:
     """Fits a learner of P(quality >= threshold) per model, from full or partial outcomes; the same under a seed.
 
     With several thresholds there is still one learner: it learns the mean of their labels, a graded quality, and its
     scores are calibrated for each threshold. The lowest is the default of requests that name none.
+
+    The heads learn from every outcome. What is as good by then sees a random part: the vocabulary and the encoder's
+    adaptation `VOCABULARY_ROWS` requests, the network `NETWORK_ROWS`, the booster `BOOSTER_ROWS` outcomes and the
+    calibration `CALIBRATION_ROWS` requests. `engine` does what grows with the log; the result is the same with any
+    `Local` one.
 
     Linear algebra runs on one thread: its sums then come out the same on every number of cores, and on a busy machine
     it does not wait, spinning, for a core that another process has.
@@ -90,7 +95,9 @@ def fit(
     """
     with threadpool_limits(limits=1, user_api="blas"):
         thresholds = sorted({threshold} if isinstance(threshold, int | float) else set(threshold))
-        return _fit(data, thresholds, encoder, encoder_model, seed, report or (lambda stage, share: None))
+        return _fit(
+            data, thresholds, encoder, encoder_model, seed, report or (lambda stage, share: None), engine or Local()
+        )
 
 
 def _fit(
@@ -100,55 +107,44 @@ def _fit(
     encoder_model: str | None,
     seed: int,
     say: Report,
+    engine: Engine,
 ) -> Fit:
     labels_at, known = [data.labels(t) for t in thresholds], data.observed
-    labels: Matrix = np.mean(labels_at, axis=0, dtype=np.float32)
+    labels: Matrix = np.mean(labels_at, axis=0, dtype=np.float32) if len(labels_at) > 1 else labels_at[0]
     if known.sum() < 4 * FOLDS or len(data) < 4 * FOLDS:
         raise InputError(
             f"only {int(known.sum())} outcomes with a quality, on {len(data)} distinct requests: {4 * FOLDS} of each "
             "are the least to learn from; log quality feedback, or import more"
         )
-    texts = [request_text(r) for r in data.requests]
-    text_words = [words(text) for text in _tick(texts, "read prompts", say)]
     say("encoder and vocabulary", 0.0)
-    if isinstance(encoder, str):
-        encoder = make_encoder(encoder, text_words, model=encoder_model, seed=seed)
-    sample = np.random.default_rng(seed).permutation(len(data))[:_ADAPTED_BY]
-    encoder = encoder.adapted([encoder.token_ids(text_words[i]) for i in sample])
-    requests, kernel, lexical = fit_request_featurizer(data.requests, texts, text_words, encoder, seed)
+    encoder, requests, kernel, lexical = _vocabulary(data, encoder, encoder_model, seed)
     say("encoder and vocabulary", 1.0)
-    features = [requests.transform(r) for r in _tick(data.requests, "features", say)]
 
     fold = folds_of(data, FOLDS, seed)
-    kernel_design = kernel.matrix(features)
-    lexical_design = lexical.matrix(features)
-    targets = {
-        "kernel": (kernel_design, labels),
-        "lexical": (lexical_design, labels),
-    }
-    sums: dict[str, list[Moments]] = {name: [] for name in targets}
-    for f in _tick(range(FOLDS), "outcome statistics", say):
-        for name, (design, target) in targets.items():
-            full = not np.isnan(target).any()
-            sums[name].append(moments(design[fold == f], target[fold == f], full=full))
-    whole = {name: total(parts) for name, parts in sums.items()}
-
     directions = lexical.directions().astype(np.float32)
-    seen, scale = network_inputs(features, lexical_design[:, : directions.shape[1]])
+    shared = Reading(requests, kernel, lexical, directions.shape[1], FOLDS, full=bool(known.all()))
+    kept, whole, sums = read_all(shared, data.requests, labels, fold, engine, say)
+
     say("network", 0.0)
-    inputs = seen * scale
+    sample = sampled(len(data), NETWORK_ROWS, seed)
+    inputs = kept.inputs[sample]
+    scale = input_scale(inputs, encoder.dim, shared.wording)
+    inputs *= scale
+    tokens = data.output_tokens[sample]
     network, networks = fit_networks(
-        inputs, labels, np.log1p(data.output_tokens), math.log1p(DEFAULT_OUTPUT_TOKENS), fold, FOLDS, seed
+        NetworkData(inputs, labels[sample], np.log1p(tokens), math.log1p(DEFAULT_OUTPUT_TOKENS), fold[sample], seed),
+        FOLDS,
+        engine if len(sample) > _ONE_PROCESS_BELOW else Local(1),
     )
-    log_tokens = np.empty(labels.shape)
+    log_tokens = np.empty(tokens.shape)
     for f in range(FOLDS):
-        log_tokens[fold == f] = networks[f].predict(inputs[fold == f])[1]
-    tokens_scale = _smearing(log_tokens, data.output_tokens)
+        log_tokens[fold[sample] == f] = networks[f].predict(inputs[fold[sample] == f])[1]
+    tokens_scale = _smearing(log_tokens, tokens)
     say("network", 1.0)
 
-    def heads(stats: dict[str, Moments], net: Network) -> OutcomeHeads:
-        kernel_w, kernel_b = fit_head(stats["kernel"])
-        lexical_w, lexical_b = fit_head(stats["lexical"])
+    def heads(kernel_sums: Moments, lexical_sums: Moments, net: Network) -> OutcomeHeads:
+        kernel_w, kernel_b = fit_head(kernel_sums)
+        lexical_w, lexical_b = fit_head(lexical_sums)
         return OutcomeHeads(
             kernel_w=kernel.fold(kernel_w).astype(np.float32),
             kernel_b=kernel_b.astype(np.float32),
@@ -161,80 +157,81 @@ def _fit(
             network_b2=net.b2,
         )
 
-    final = CandidateFeaturizer(
-        data.catalog, requests, heads(whole, network), _success(whole["kernel"]), _input_tokens_fit(data)
-    )
+    tokens_fit = _input_tokens_fit(kept.chars, data.input_tokens)
+    whole_heads = heads(whole[0], whole[1], network)
+    final = CandidateFeaturizer(data.catalog, requests, whole_heads, _success(whole[0]), tokens_fit)
     by_fold = []
-    for f in _tick(range(FOLDS), "outcome heads", say):
-        rest = {name: whole[name].minus(sums[name][f]) for name in ("kernel", "lexical")}
-        by_fold.append(final.with_heads(heads(rest, networks[f]), _success(rest["kernel"])))
-    rows, parts = _out_of_fold_rows(features, fold, by_fold, say)
-    booster, rounds, raw = _boost(rows, labels, fold, final.names, seed, say)
-    mixed = blend(raw, parts)
-    weight = 1.0 / data.propensity.astype(np.float64)
+    for f in ticked(range(FOLDS), "outcome heads", say):
+        rest = [all_rows.minus(own) for all_rows, own in zip(whole, sums[f], strict=True)]
+        by_fold.append(final.with_heads(heads(rest[0], rest[1], networks[f]), _success(rest[0])))
+    rows = Scratch((len(data.catalog), len(final.names)), np.float32)
+    tasks, count = (kept.part(at, fold[at]) for at in kept.inputs.chunks(TASK)), count_of(data.requests)
+    for made in ticked(engine.map(candidate_rows, tuple(by_fold), tasks, count), "training rows", say, count):
+        rows.append(made)
+    say("booster", 0.0)
+    boosted = engine.boost(_cells(rows, labels, fold, final.names, seed))
+    say("booster", 1.0)
+    mixed = _average(rows, fold, boosted, say)
+    some = sampled(len(data), CALIBRATION_ROWS, seed)
+    weight = 1.0 / data.propensity[some].astype(np.float64)
     calibration = Calibration.stack(
-        [calibrate(mixed, at, weight, t) for t, at in zip(thresholds, labels_at, strict=True)]
+        [calibrate(mixed[some], at[some], weight, t) for t, at in zip(thresholds, labels_at, strict=True)]
     )
     return Fit(
-        LearnedEstimator(final, Trees(booster.model_to_string(num_iteration=-1)), calibration),
+        LearnedEstimator(final, Trees(boosted.text), calibration),
         fold,
         tuple(by_fold),
         rows,
-        calibration.apply(mixed),
-        rounds,
-        seen[:, : encoder.dim],
+        np.concatenate([calibration.apply(mixed[at]) for at in rows.chunks(TASK)]),
+        boosted.rounds,
+        kept.inputs,
+        encoder.dim,
     )
 
 
-def _out_of_fold_rows(
-    features: list[RequestFeatures], fold: npt.NDArray[np.int64], by_fold: list[CandidateFeaturizer], say: Report
-) -> tuple[Matrix, Matrix]:
-    """Rows [n, m, d] and parts [k, n, m], each request through the path of the fold that has not seen it."""
-    one = [by_fold[f].rows(x) for f, x in _tick(list(zip(fold, features, strict=True)), "training rows", say)]
-    return np.stack([x.rows for x in one]), np.stack([x.parts for x in one], axis=1)
+def _vocabulary(
+    data: Dataset, encoder: str | Encoder, encoder_model: str | None, seed: int
+) -> tuple[Encoder, RequestFeaturizer, KernelDesign, LexicalDesign]:
+    """Everything that no outcome enters, from `VOCABULARY_ROWS` requests."""
+    requests = read(data.take(sampled(len(data), VOCABULARY_ROWS, seed)).requests)
+    texts = [request_text(r) for r in requests]
+    text_words = [words(text) for text in texts]
+    if isinstance(encoder, str):
+        encoder = make_encoder(encoder, text_words, model=encoder_model, seed=seed)
+    some = np.random.default_rng(seed).permutation(len(requests))[:_ADAPTED_BY]
+    encoder = encoder.adapted([encoder.token_ids(text_words[i]) for i in some])
+    return encoder, *fit_request_featurizer(requests, texts, text_words, encoder, seed)
 
 
-def _boost(
-    rows: Matrix, labels: Matrix, fold: npt.NDArray[np.int64], names: tuple[str, ...], seed: int, say: Report
-) -> tuple[lgb.Booster, int, Matrix]:
-    """The pooled classifier, its number of rounds (least log loss out of fold) and its scores out of fold [n, m]."""
-    n, m, d = rows.shape
-    known = ~np.isnan(labels)
-    size = int(known.sum())
-    params = {**BOOSTER_PARAMS, "seed": seed, "min_data_in_leaf": int(np.clip(size // 100, 5, 100))}
-    if not np.isin(labels[known], (0.0, 1.0)).all():  # of several thresholds
-        params["objective"] = "cross_entropy"
-    if size < _ONE_THREAD_BELOW:
-        params["num_threads"] = 1
-    names_list = list(names)
+def _cells(rows: Scratch, labels: Matrix, fold: npt.NDArray[np.int64], names: tuple[str, ...], seed: int) -> Cells:
+    """The rows of known outcomes that the booster is fitted on."""
+    m, d = rows.shape
+    cells = np.flatnonzero(~np.isnan(labels))
+    cells = cells[sampled(len(cells), BOOSTER_ROWS, seed)]
+    x = np.concatenate([rows[at].reshape(-1, d)[_within(cells, at, m)] for at in rows.chunks(TASK)])
+    return Cells(x, labels.ravel()[cells], fold[cells // m], FOLDS, names, seed)
 
-    def dataset(at: npt.NDArray[np.bool_]) -> lgb.Dataset:
-        return lgb.Dataset(rows[at], labels[at], feature_name=names_list, params=params, free_raw_data=False)
 
-    boosters, losses = [], np.zeros(ROUNDS)
-    for f in _tick(range(FOLDS), "booster", say):
-        held = known & (fold == f)[:, None]
-        curve: dict[str, dict[str, list[float]]] = {}
-        train = dataset(known & ~held)
-        boosters.append(
-            lgb.train(
-                params,
-                train,
-                ROUNDS,
-                valid_sets=[lgb.Dataset(rows[held], labels[held], reference=train)] if held.any() else [],
-                valid_names=["held"] if held.any() else [],
-                callbacks=[lgb.record_evaluation(curve)],
-            )
-        )
-        if held.any():
-            (loss,) = curve["held"].values()
-            losses += np.array(loss) * int(held.sum())
-    rounds = int(losses.argmin()) + 1
-    raw = np.empty((n, m), dtype=np.float32)
-    for f, booster in enumerate(boosters):
-        at = fold == f
-        raw[at] = np.asarray(booster.predict(rows[at].reshape(-1, d), num_iteration=rounds)).reshape(-1, m)
-    return lgb.train(params, dataset(known), rounds), rounds, raw
+def _average(rows: Scratch, fold: npt.NDArray[np.int64], boosted: Boosted, say: Report) -> Matrix:
+    """The average of booster and heads, each request by those that have not seen its fold; float32 [n, m]."""
+    m, d = rows.shape
+    mixed = np.empty((len(rows), m), dtype=np.float32)
+    for at in ticked(list(rows.chunks(TASK)), "average", say):
+        part, own, raw = rows[at], fold[at], np.empty((at.stop - at.start, m), dtype=np.float32)
+        for f, booster in enumerate(boosted.by_fold):
+            some = own == f
+            if some.any():
+                found = booster.predict(part[some].reshape(-1, d), num_iteration=boosted.rounds)
+                raw[some] = np.asarray(found).reshape(-1, m)
+        mixed[at] = blend(raw, np.moveaxis(part[..., : len(PARTS)], -1, 0))
+    return mixed
+
+
+def _within(cells: npt.NDArray[np.int64], at: slice, m: int) -> npt.NDArray[np.int64]:
+    """Those of the ascending cells that lie in the requests `at`, counted from the first of them."""
+    low, high = np.searchsorted(cells, (at.start * m, at.stop * m))
+    within: npt.NDArray[np.int64] = cells[low:high] - at.start * m
+    return within
 
 
 def _success(stats: Moments) -> npt.NDArray[np.float32]:
@@ -252,24 +249,13 @@ def _smearing(log_tokens: npt.NDArray[np.float64], tokens: Matrix) -> npt.NDArra
     return clipped
 
 
-def _input_tokens_fit(data: Dataset) -> tuple[float, float]:
+def _input_tokens_fit(counted: npt.NDArray[np.int64], tokens: npt.NDArray[np.float32]) -> tuple[float, float]:
     """(a, b) of input tokens = a + b * characters by least squares, neither below 0; 1 token for 4 by default."""
-    chars = np.array([conversation_chars(r) for r in data.requests], dtype=np.float64)
-    known = ~np.isnan(data.input_tokens)
+    chars = counted.astype(np.float64)
+    known = ~np.isnan(tokens)
     if known.sum() < 2 or np.ptp(chars[known]) == 0:
         return 0.0, 0.25
-    b, a = np.polyfit(chars[known], data.input_tokens[known].astype(np.float64), 1)
+    b, a = np.polyfit(chars[known], tokens[known].astype(np.float64), 1)
     if a < 0 or b < 0:
-        return 0.0, float(data.input_tokens[known].sum() / max(chars[known].sum(), 1.0))
+        return 0.0, float(tokens[known].sum() / max(chars[known].sum(), 1.0))
     return float(a), float(b)
-
-
-def _tick(items: list[Any] | range, stage: str, say: Report) -> Iterator[Any]:
-    """Iterates with about a hundred reports of progress."""
-    size = max(len(items), 1)
-    step = max(size // 100, 1)
-    for i, item in enumerate(items):
-        if i % step == 0:
-            say(stage, i / size)
-        yield item
-    say(stage, 1.0)

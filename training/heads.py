@@ -42,6 +42,10 @@ class Moments:
         """Whether all models share their rows."""
         return len(self.n) == 1
 
+    def plus(self, other: Moments) -> Moments:
+        """The moments of both parts together."""
+        return total([self, other])
+
     def minus(self, other: Moments) -> Moments:
         """The moments without another part of the same data."""
         return Moments(*(getattr(self, f) - getattr(other, f) for f in self.__dataclass_fields__))

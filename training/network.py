@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from features.featurizer import RequestFeatures
 from features.transformer import one_torch_thread
+from training.engines import Engine
 
 Matrix = npt.NDArray[np.float32]
 HIDDEN = 128
@@ -50,42 +52,63 @@ class Network:
         return np.reciprocal(np.exp(-np.clip(odds, -30, 30)) + np.float32(1.0)), log_tokens
 
 
-def network_inputs(features: Sequence[RequestFeatures], wording: Matrix) -> tuple[Matrix, npt.NDArray[np.float32]]:
-    """What the network sees of requests, [n, e + c + s], and the scale [e + c + s] that it is fitted under.
-
-    Embedding, main directions of the wording `wording` [n, c], and standardised statistics. Embedding and wording are
-    scaled to a length of about 4 each, so that a weight means the same wherever it stands.
-    """
+def network_inputs(features: Sequence[RequestFeatures], wording: Matrix) -> Matrix:
+    """What the network sees of requests: embedding, main directions of the wording [n, c], standardised statistics."""
     embeddings = np.stack([f.embedding for f in features])
     statistics = np.stack([f.kernel[-len(f.statistics) :] for f in features])
+    return np.concatenate([embeddings, wording, statistics], axis=1)
+
+
+def input_scale(inputs: Matrix, embedding: int, wording: int) -> npt.NDArray[np.float32]:
+    """The scale [e + c + s] that inputs with `embedding` e and `wording` c columns are fitted under.
+
+    Embedding and wording are scaled to a length of about 4 each, so that a weight means the same wherever it stands.
+    """
     scales = []
-    for block in (embeddings, wording):
+    for block in (inputs[:, :embedding], inputs[:, embedding : embedding + wording]):
         length = float(np.sqrt((block.astype(np.float64) ** 2).sum(axis=1).mean()))
         scales.append(np.full(block.shape[1], _LENGTH / length if length > 0.0 else 0.0))
-    scales.append(np.full(statistics.shape[1], _STATISTICS))
-    return np.concatenate([embeddings, wording, statistics], axis=1), np.concatenate(scales).astype(np.float32)
+    scales.append(np.full(inputs.shape[1] - embedding - wording, _STATISTICS))
+    return np.concatenate(scales).astype(np.float32)
 
 
-def fit_networks(
-    x: Matrix, labels: Matrix, log_tokens: Matrix, default: float, fold: npt.NDArray[np.int64], count: int, seed: int
-) -> tuple[Network, list[Network]]:
-    """The network of all requests, and one per fold fitted on the others.
+class NetworkData(NamedTuple):
+    """What networks are fitted on: inputs [n, d], labels and ln(output tokens) [n, m], NaN where unknown, folds [n].
 
-    `x` is [n, d], `labels` and `log_tokens` [n, m] with NaN where unknown, `fold` [n] below `count`; `default` is the
-    ln(tokens) of a model without any. The same under a seed; torch runs on one thread, as the rest of the linear
-    algebra does.
+    `default` is the ln(tokens) of a model without any, `seed` that of the weights and of the batches.
+    """
+
+    x: Matrix
+    labels: Matrix
+    log_tokens: Matrix
+    default: float
+    fold: npt.NDArray[np.int64]
+    seed: int
+
+
+def fit_one(data: NetworkData, task: tuple[int | None, int]) -> Network:
+    """The network of `task` = (the fold that is left out, or None; epochs); a task of `training.engines`."""
+    fold, epochs = task
+    with one_torch_thread():
+        at = slice(None) if fold is None else data.fold != fold
+        return _fit(data.x[at], data.labels[at], data.log_tokens[at], data.default, epochs, data.seed)
+
+
+def fit_networks(data: NetworkData, count: int, engine: Engine) -> tuple[Network, list[Network]]:
+    """The network of all requests, and one for each of `count` folds fitted on the others.
+
+    The same under a seed; torch runs on one thread, as the rest of the linear algebra does.
     """
     folds = range(count)
-    with one_torch_thread():
-        best: tuple[float, int, list[Network]] = (np.inf, EPOCHS[0], [])
-        for epochs in EPOCHS:
-            made = [_fit(x[fold != f], labels[fold != f], log_tokens[fold != f], default, epochs, seed) for f in folds]
-            held = [net.predict(x[fold == f])[0] for f, net in enumerate(made)]
-            loss = _log_loss(held, [labels[fold == f] for f in folds])
-            if loss >= best[0]:
-                break
-            best = loss, epochs, made
-        return _fit(x, labels, log_tokens, default, best[1], seed), best[2]
+    best: tuple[float, int, list[Network]] = (np.inf, EPOCHS[0], [])
+    for epochs in EPOCHS:
+        made = list(engine.map(fit_one, data, [(f, epochs) for f in folds], count))
+        held = [net.predict(data.x[data.fold == f])[0] for f, net in enumerate(made)]
+        loss = _log_loss(held, [data.labels[data.fold == f] for f in folds])
+        if loss >= best[0]:
+            break
+        best = loss, epochs, made
+    return fit_one(data, (None, best[1])), best[2]
 
 
 def _fit(x: Matrix, labels: Matrix, log_tokens: Matrix, default: float, epochs: int, seed: int) -> Network:

@@ -13,16 +13,22 @@ import polars as pl
 
 from features.load import Learned, save_router
 from features.neighbours import newest as newest_neighbours
+from features.neighbours import newest_rows
 from features.text import request_text
 from router_ml.bundle import check_replaceable
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.logs import log_sha256, read_log
+from router_ml.log_files import LogFiles, is_url, log_files
+from router_ml.logs import log_sha256, read_log, scan_log
 from router_ml.types import Estimate
 from training.dataset import Dataset, build_dataset, reliability, split_by_time
 from training.encoders import ENCODERS
+from training.engines import Engine, Local
 from training.evaluate import Frontier, cost_at, frontier, scores
-from training.fit import Fit, Report, fit
+from training.fit import Fit, fit
+from training.passes import TASK, Estimates, estimates, joined
+from training.reading import Report, count_of
+from training.requests import pieces
 
 _LEAST_FRONTIER_ROWS = 50
 
@@ -56,6 +62,7 @@ def train(
     seed: int = 0,
     keep_prompts: bool = False,
     report: Report | None = None,
+    engine: Engine | None = None,
 ) -> Training:
     """Trains on a log's older requests, judges on its newest `holdout` share, and writes the bundle to `out`.
 
@@ -73,34 +80,42 @@ def train(
         if not 0.0 < value <= 1.0:
             raise InputError(f"--quality-threshold {value} has to lie in (0, 1]")
     default = thresholds[0]
+    engine = engine or Local()
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
     check_replaceable(Path(out))
-    frame = logs if isinstance(logs, pl.DataFrame) else read_log(logs)
-    present = set(frame["model"].unique().to_list())
+    log, frame = opened(logs)
+    present = set(frame.select(pl.col("model").unique()).collect()["model"].to_list())
     catalog = catalog.subset([model for model in catalog.ids if model in present] or list(catalog.ids))
-    data = build_dataset(frame, catalog)
+    data = build_dataset(log, catalog)
     older, newest = split_by_time(data, holdout)
     train_data = data.take(older)
-    made = fit(train_data, threshold=thresholds, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report)
+    made = fit(
+        train_data, threshold=thresholds, encoder=encoder, encoder_model=encoder_model, seed=seed, report=report,
+        engine=engine,
+    )  # fmt: skip
     held_out = data.take(newest)
-    measured, judged, front = _judged(made, train_data, held_out, default)
+    measured, judged, front = _judged(made, train_data, held_out, default, engine)
     metrics: dict[str, Any] = {
         "train_requests": len(older),
         "train_outcomes": int(data.observed[older].sum()),
         "held_out_requests": len(newest),
         **measured,
     }
-    texts = [request_text(request) for request in train_data.requests] if keep_prompts else None
+    kept = newest_rows(train_data.quality)
+    texts = [request_text(request) for request in train_data.take(kept).requests] if keep_prompts else None
 
     def learned(of: Fit) -> Learned:
-        return Learned(of.estimator, newest_neighbours(train_data.ids, of.embeddings, train_data.quality, texts))
+        ids = [train_data.ids[i] for i in kept]
+        return Learned(of.estimator, newest_neighbours(ids, of.embeddings(kept), train_data.quality[kept], texts))
 
     twin = None
     if encoder == "transformer":
-        stand_in = fit(train_data, threshold=thresholds, encoder_model=encoder_model, seed=seed, report=report)
+        stand_in = fit(
+            train_data, threshold=thresholds, encoder_model=encoder_model, seed=seed, report=report, engine=engine
+        )
         twin = learned(stand_in)
-        metrics["twin"] = _judged(stand_in, train_data, held_out, default)[0]
+        metrics["twin"] = _judged(stand_in, train_data, held_out, default, engine)[0]
     params: dict[str, Any] = {
         "quality_threshold": default,
         **({"quality_thresholds": thresholds} if len(thresholds) > 1 else {}),
@@ -109,10 +124,10 @@ def train(
         "seed": seed,
         "keep_prompts": keep_prompts,
     }
-    sha = log_sha256(frame)
+    sha = log_sha256(log)
     before = _before(frame, held_out)
     calls = reliability(before, catalog).to_json()
-    until = before["time"].max()
+    until = before.select(pl.col("time").max()).collect(engine="streaming").item()
     manifest = {**params, "metrics": metrics, "log_sha256": sha, "reliability": calls}
     if isinstance(until, datetime):  # what `held_out` goes by for other logs
         manifest["trained_until"] = until.isoformat()
@@ -120,39 +135,55 @@ def train(
     return Training(made, version, params, metrics, held_out, judged, front)
 
 
+def opened(logs: str | Path | pl.DataFrame) -> tuple[pl.DataFrame | LogFiles, pl.LazyFrame]:
+    """A log as what `build_dataset` takes and as a lazy frame: Parquet stays where it is, text files are read here.
+
+    Raises InputError as `scan_log` does.
+    """
+    if isinstance(logs, pl.DataFrame):
+        return logs, logs.lazy()
+    if not is_url(logs) and Path(logs).is_file() and Path(logs).suffix.lower() != ".parquet":
+        return opened(read_log(logs))
+    files = log_files(logs)
+    return opened(read_log(files)) if files.here else (files, scan_log(files))
+
+
 def _judged(
-    made: Fit, train_data: Dataset, held_out: Dataset, threshold: float
+    made: Fit, train_data: Dataset, held_out: Dataset, threshold: float, engine: Engine
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray], Frontier | None]:
     """The metrics of what was fitted, and what `Training` keeps of the requests that it was judged on."""
     judged = made.out_of_fold, train_data.labels(threshold)
     metrics: dict[str, Any] = {"rounds": made.rounds, "out_of_fold": scores(*judged)}
     if not len(held_out):
         return metrics, judged, None
-    estimates = made.estimator.estimate_many(held_out.requests)
-    judged = np.stack([e.p_ok for e in estimates]), held_out.labels(threshold)
+    tasks = pieces(held_out.requests, TASK)
+    found = joined(list(engine.map(estimates, made.estimator, tasks, count_of(held_out.requests))))
+    judged = found.p_ok, held_out.labels(threshold)
     metrics["held_out"] = scores(*judged)
-    front = _frontier(held_out, estimates)
+    front = _frontier(held_out, found)
     if front is not None:
         metrics["held_out"]["cost_at"] = cost_at(front)
     return metrics, judged, front
 
 
-def _before(log: pl.DataFrame, held_out: Dataset) -> pl.DataFrame:
+def _before(log: pl.LazyFrame, held_out: Dataset) -> pl.LazyFrame:
     """The log's rows that are older than every held-out request."""
     if not len(held_out):
         return log
-    return log.filter(pl.col("time") < log.filter(pl.col("request_id").is_in(held_out.ids))["time"].min())
+    held = pl.LazyFrame({"request_id": held_out.ids}, schema={"request_id": pl.String})
+    began = log.join(held, on="request_id", how="semi").select(pl.col("time").min()).collect(engine="streaming")
+    return log.filter(pl.col("time") < began.item())
 
 
-def _frontier(data: Dataset, estimates: list[Estimate]) -> Frontier | None:
+def _frontier(data: Dataset, found: Estimates) -> Frontier | None:
     """The frontier on the requests of which every model's outcome and cost is known, if those are enough."""
     cost = realised_cost(data)
     rows = np.flatnonzero(data.observed.all(axis=1) & ~np.isnan(cost).any(axis=1))
     if len(rows) < _LEAST_FRONTIER_ROWS:
         return None
-    known = [estimates[i] for i in rows]
-    expected = expected_costs(known, data.catalog)
-    return frontier(np.stack([e.p_ok for e in known]), expected, cost[rows], data.quality[rows])
+    inputs = found.input_tokens[rows, None] * data.catalog.input_price
+    expected = inputs + found.output_tokens[rows] * data.catalog.output_price
+    return frontier(found.p_ok[rows], expected, cost[rows], data.quality[rows])
 
 
 def realised_cost(data: Dataset) -> np.ndarray:
