@@ -1,15 +1,17 @@
-"""Time and memory of training by the size of the log, each in a process of its own.
+"""Time and memory of importing and of training by the number of rows, each in a process of its own.
 
     python -m benchmarks.scale --rows 1000000 --json benchmarks/results/scale.json
 
-The logs are made first and are not timed: requests of 200 to 600 characters, nearly all different, one outcome each of
-one of eight models, drawn evenly. `train` then goes from Parquet to a bundle with its defaults, on a tenth of the rows
-and on all. Memory is the largest sum of what all its processes had resident, looked at four times a second: pages that
-they share count more than once.
+What they read is made first and is not timed. Imported is an export of LiteLLM's spend log as Parquet: rows that its
+proxy wrote (tests/fixtures/litellm), some 8 kB of JSON each, with ids, times and prompts of their own. Trained on are
+requests of 200 to 600 characters, nearly all different, with one outcome each of one of eight models, drawn evenly;
+`train` goes from Parquet to a bundle with its defaults. Both on a tenth of the rows, then on all. Memory is the largest
+sum of what all its processes had resident, looked at four times a second: pages that they share count more than once.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +103,44 @@ def _rows(first: int, n: int, total: int, rng: np.random.Generator) -> pl.DataFr
     )
 
 
+_SPEND = Path(__file__).parents[1] / "tests" / "fixtures" / "litellm" / "spend_logs.jsonl"
+_HERE = "@prompt@"
+
+
+def write_spend_log(rows: int, out: Path, seed: int = 0) -> None:
+    """An export of `rows` rows of LiteLLM's spend log, all different; the same under a seed."""
+    import pyarrow.parquet as pq
+
+    written = [json.loads(line) for line in _SPEND.read_text().splitlines()]
+    written = [row for row in written if row["proxy_server_request"].get("messages") and row["model_group"]]
+    for row in written:
+        row["proxy_server_request"]["messages"][-1]["content"] = _HERE
+    text = [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in written]
+    templates = pl.DataFrame(text, infer_schema_length=None)
+    writer = None
+    aside = out.with_suffix(".tmp")
+    for chunk, first in enumerate(range(0, rows, _CHUNK)):
+        rng = np.random.default_rng([seed, chunk])
+        n = min(_CHUNK, rows - first)
+        own = _rows(first, n, rows, rng)
+        frame = templates[rng.integers(0, len(templates), n)].with_columns(
+            request_id=pl.concat_str(pl.lit("chatcmpl-"), own["request_id"]),
+            litellm_call_id=pl.concat_str(pl.lit("call-"), own["request_id"]),
+            session_id=pl.concat_str(pl.lit("trace-"), own["request_id"]),
+            startTime=own["time"].dt.replace_time_zone(None).dt.cast_time_unit("ms"),
+            endTime=own["time"].dt.replace_time_zone(None).dt.cast_time_unit("ms") + pl.duration(seconds=2),
+            proxy_server_request=pl.col("proxy_server_request").str.replace(
+                _HERE, own["prompt"].str.replace_all("\n", "\\n", literal=True), literal=True
+            ),
+        )
+        table = frame.to_arrow()
+        writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd")
+        writer.write_table(table, row_group_size=20_000)
+    if writer is not None:
+        writer.close()
+    aside.replace(out)
+
+
 def measured(command: list[str], log: Path) -> Used:
     """Runs a command to its end, its output in the file `log`. Raises ClickException when it fails."""
     before, started, peak = os.times(), time.perf_counter(), 0
@@ -132,15 +172,21 @@ def _resident(root: psutil.Process) -> int:
 
 
 def run(rows: int, folder: Path) -> dict[str, Any]:
-    """Trains on `rows` requests; figures by their names in the results."""
-    log, bundle = folder / f"log-{rows}", folder / f"bundle-{rows}"
+    """Imports and trains on `rows` rows; figures by their names in the results."""
+    spend, log, bundle = folder / f"spend-{rows}.parquet", folder / f"log-{rows}", folder / f"bundle-{rows}"
+    if not spend.is_file():
+        write_spend_log(rows, spend)
     if not log.is_dir():
         write_log(rows, log)
-    train = measured(
-        [sys.executable, "-m", "router_ml.cli", "train", "--logs", str(log), "--out", str(bundle)],
-        folder / f"train-{rows}.log",
-    )
-    return {"rows": rows, "train_s": train.seconds, "train_cpu_s": train.cpu_s, "train_peak_gb": train.peak_gb}
+    commands = {
+        "import": ["import", "litellm", str(spend), "--out", str(folder / f"imported-{rows}")],
+        "train": ["train", "--logs", str(log), "--out", str(bundle)],
+    }
+    found: dict[str, Any] = {"rows": rows}
+    for name, command in commands.items():
+        used = measured([sys.executable, "-m", "router_ml.cli", *command], folder / f"{name}-{rows}.log")
+        found |= {f"{name}_s": used.seconds, f"{name}_cpu_s": used.cpu_s, f"{name}_peak_gb": used.peak_gb}
+    return found
 
 
 @click.command(help=__doc__)
@@ -159,9 +205,9 @@ def main(rows: int, json_path: Path | None, folder: Path | None, growth: bool) -
                 found.append(run(size, place))
     result: dict[str, Any] = {**found[-1], "cores": os.cpu_count(), "load": os.getloadavg()[1]}
     if growth:
-        keys = ("train_s", "train_cpu_s", "train_peak_gb")
+        keys = [key for key in found[0] if key != "rows"]
         result["growth"] = {"rows": found[0]["rows"], **{key: found[1][key] / found[0][key] for key in keys}}
-    table = Table("rows", *(key for key in found[0] if key != "rows"), title="training by the size of the log")
+    table = Table("rows", *(key for key in found[0] if key != "rows"), title="by the number of rows")
     for one in found:
         table.add_row(f"{one['rows']:,}", *(f"{one[key]:.2f}" for key in one if key != "rows"))
     console.print(table)

@@ -26,6 +26,7 @@ from benchmarks.quality import main as quality_main
 from benchmarks.sessions import main as sessions_main
 from benchmarks.tune import main as tune_main
 from router_ml.catalog import Catalog
+from router_ml.logs import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNT = {"router", "router_min_probability", "knn_40", "knn_100", "ridge", "lightgbm_raw", "shuffled"}
@@ -345,11 +346,15 @@ def test_off_policy_estimates_are_held_against_the_truth(matrix: Path) -> None:
     assert found["looks"]["sequence"] >= 0.8
 
 
-def test_scale_measures_training_from_parquet_to_bundle(tmp_path: Path) -> None:
+def test_scale_measures_importing_and_training(tmp_path: Path) -> None:
     ran = benchmark("scale", "--rows", 1000, "--no-growth", "--folder", tmp_path, "--json", tmp_path / "scale.json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads((tmp_path / "scale.json").read_text())
-    assert found["rows"] == 1000 and found["train_cpu_s"] > 0 and 0.1 < found["train_peak_gb"] < 8
+    assert found["rows"] == 1000
+    for stage in ("import", "train"):
+        assert found[f"{stage}_cpu_s"] > 0 and found[f"{stage}_s"] > 0 and 0.1 < found[f"{stage}_peak_gb"] < 8
+    spent = read_log(tmp_path / "imported-1000")
+    assert len(spent) == 1000 and spent["messages"].n_unique() > 990 and spent["model"].n_unique() > 3
     manifest = json.loads((tmp_path / "bundle-1000" / "manifest.json").read_text())
     assert len(manifest["catalog"]["models"]) == 8 and manifest["metrics"]["train_outcomes"] == 800
     log = pl.read_parquet(tmp_path / "log-1000" / "part-*.parquet")
