@@ -111,6 +111,10 @@ def train(
     if catalog is None and Path(logs).is_file():
         raise click.UsageError(f"{logs} is a single file, which has no catalogue in it: give --catalog FILE")
     cards = Catalog.load(catalog) if catalog else Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
+    if name and alias:
+        from training.report import check_alias
+
+        check_alias(tracking_uri, name, alias)
     with stages() as report:
         made = run(
             logs, cards, out=out, threshold=quality_threshold, encoder=encoder, encoder_model=encoder_model,

@@ -25,6 +25,10 @@ class NoAliasError(RegistryError):
     """The registry answers, and the model has no such alias."""
 
 
+class NotRegisteredError(RegistryError):
+    """The registry answers, and knows no such model."""
+
+
 class MovedError(RegistryError):
     """The champion is another version than the one that was expected."""
 

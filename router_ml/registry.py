@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router_ml.bundle import MANIFEST, check_replaceable, swap
-from router_ml.errors import NoAliasError, RegistryError
+from router_ml.errors import NoAliasError, NotRegisteredError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
+CHALLENGER = "challenger"
 # The key of the bundle among an MLflow model's artifacts.
 BUNDLE = "bundle"
 _SQLITE = "sqlite:///"
@@ -101,6 +102,15 @@ def promote(uri: str, name: str, version: str, alias: str = CHAMPION) -> ModelVe
         before = model.aliases.get(alias)
         if alias == CHAMPION and before is not None and str(before) != str(version):
             client.set_registered_model_alias(name, PREVIOUS, str(before))
+        client.set_registered_model_alias(name, alias, str(version))
+        return _version(client, uri, name, version, alias)
+
+
+def enter(uri: str, name: str, version: str) -> ModelVersion:
+    """Makes a new version the champion where there is none yet, else the challenger, in one turn. RegistryError."""
+    client = _open(uri)
+    with reported(uri), locked(uri):
+        alias = CHALLENGER if CHAMPION in registered(client, uri, name).aliases else CHAMPION
         client.set_registered_model_alias(name, alias, str(version))
         return _version(client, uri, name, version, alias)
 
@@ -211,7 +221,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def registered(client: MlflowClient, uri: str, name: str) -> Any:
-    """MLflow's own record of the model, its `aliases` of one moment. Raises RegistryError where there is none."""
+    """MLflow's own record of the model, its `aliases` of one moment. Raises NotRegisteredError where there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -220,7 +230,7 @@ def registered(client: MlflowClient, uri: str, name: str) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = ", ".join(sorted(m.name for m in client.search_registered_models(max_results=20))) or "none yet"
-        raise RegistryError(
+        raise NotRegisteredError(
             f"no model {name!r} is registered in {shown(uri)} (registered: {known}): register one with "
             f"`router-ml train --register {name}`, or correct the name"
         ) from None

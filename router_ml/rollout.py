@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,8 +80,9 @@ def promote(
 ) -> Promotion:
     """Makes `version` the champion in one step; `previous` then points to the version to roll back to.
 
-    The version gets tags first: when, by whom, why, the `gate`'s summary. With `store` (an existing service's store:
-    SQLite file or SQLAlchemy URL) the audit log is told before the alias moves, and once more where it then does not.
+    The version gets tags first: when, by whom, why, the `gate`'s summary (null for a number that is not finite).
+    With `store` (an existing service's store: SQLite file or SQLAlchemy URL) the audit log is told before the alias
+    moves, and once more where it then does not.
     `forced` says that the gate was overruled, which takes a reason and a store. `expected` is the version that has to
     be champion still, "" if there has to be none. To promote the champion again is to stand by it: its record begins
     anew.
@@ -94,6 +96,7 @@ def promote(
         raise InputError("a forced promotion needs a reason: say why the gate is overruled")
     if forced and store is None:
         raise InputError("a forced promotion is noted in the audit log: give the service's store, SQLite file or URL")
+    judged = None if gate is None else _finite(dict(gate))
     engine = None if store is None else _opened(store)
     client = connect(uri)
     with reported(uri), locked(uri):
@@ -106,13 +109,13 @@ def promote(
         before = found.champion
         _expect(found, expected)
         now = max(_now_us(), 1 + found.us(version, PROMOTED, LEFT, ROLLED_BACK, RETURNED))
-        told = {"action": "promote", "forced": forced, "reason": reason, "gate": None if gate is None else dict(gate)}
+        told = {"action": "promote", "forced": forced, "reason": reason, "gate": judged}
         with _noted(engine, who, now, found, version, told):
             stated = {
                 PROMOTED_BY: who,
                 PROMOTED_WHY: None if forced else reason,
                 FORCED_WHY: reason if forced else None,
-                GATE: None if gate is None else json.dumps(gate, sort_keys=True),
+                GATE: None if gate is None else json.dumps(judged, sort_keys=True, allow_nan=False),
             }
             found.tag(version, {**stated, PROMOTED: str(now)})
             if before is not None and before != version:
@@ -240,6 +243,15 @@ def _opened(store: str) -> sa.Engine:
     if "://" not in store and not Path(store).is_file():
         raise InputError(f"there is no store at {store}: give the one of the service, SQLite file or URL")
     return open_database(store)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not know: some databases refuse them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(text: str | None) -> str | None:

@@ -25,6 +25,7 @@ POLICY = click.option("--policy", type=ExistingFile, help="A policy file, TOML."
 JSON = click.option("--json", "json_path", type=PathArg, help="Write everything as JSON.")
 PLOT = click.option("--plot", type=PathArg, help="Write a plot, PNG or SVG by its name.")
 CONFIDENCE = click.option("--confidence", default=0.95, show_default=True, help="How sure, e.g. 0.95.")
+_CHUNK = 10_000
 _KINDS = {"min-probability": "min_probability", "willingness-to-pay": "willingness_to_pay_usd"}
 
 
@@ -69,7 +70,7 @@ def tune(
         "dials": [_KINDS[name] for name in dial or _KINDS],
         "method": method,
     }
-    frame = log_rows(logs, store, since)
+    frame = log_rows(logs, store)
     if store is None:
         found = run(router, frame, read_bundle(bundle).manifest, since=since, **options)
     else:
@@ -237,7 +238,12 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_rows(logs: Path | None, store: str | None, since: datetime | None = None) -> pl.DataFrame:
-    """The rows of a log, or of a store. Raises InputError unless exactly one of them is given."""
+    """All rows of a log, or of a store. Raises InputError unless exactly one of them is given.
+
+    Those before `since`, too: by them `held_out` knows which sessions and texts are old, and it takes the later ones.
+    """
+    from itertools import islice
+
     import polars as pl
 
     from router_ml.logs import LOG_SCHEMA, read_log
@@ -250,7 +256,10 @@ def log_rows(logs: Path | None, store: str | None, since: datetime | None = None
     assert store is not None
     if "://" not in store and not Path(store).is_file():
         raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
-    return pl.DataFrame(list(Store(store).iter_log_rows(_microseconds(since))), schema=LOG_SCHEMA)
+    rows, frames = Store(store).iter_log_rows(), [pl.DataFrame(schema=LOG_SCHEMA)]
+    while chunk := list(islice(rows, _CHUNK)):  # as dicts they are a multiple of their columns' size
+        frames.append(pl.DataFrame(chunk, schema=LOG_SCHEMA))
+    return pl.concat(frames)
 
 
 def _microseconds(since: datetime | None) -> int:

@@ -22,7 +22,7 @@ from training.challenge_report import as_html, as_json, as_text, log_report, wri
 from training.changes import changed_for, changed_models
 from training.held_out import held_out
 from training.logged import Decided, decided, logged_of
-from training.promises import calibration_by_model, promise_of
+from training.promises import calibration_by_model, promise_of, residuals
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 from training.simulate import true_quality
 from training.tracking import register_bundle
@@ -173,6 +173,25 @@ def test_promises(judged: tuple[pl.DataFrame, Decided, Decided], found: Challeng
     assert shifted is not None and honest is not None
     assert shifted.high < -0.05 and honest.low < 0.05 and shifted.value < honest.value - 0.1
     assert found.calibration["contender"].unique().sort().to_list() == [CHALLENGER, CHAMPION]
+
+
+def test_another_models_answer_keeps_no_promise(judged: tuple[pl.DataFrame, Decided, Decided]) -> None:
+    rows, _, new = judged
+    logged = logged_of(rows, new.catalog)
+    fell = np.arange(len(rows)) % 4 == 0
+    good = replace(logged, metrics={**logged.metrics, "quality": np.where(fell, 1.0, logged.metrics["quality"])})
+    off, told = residuals(good, new, 0.5), residuals(good, new, 0.5, fell_back=fell)
+    promised = new.promised[np.arange(len(rows)), logged.action]
+    assert told[fell] == pytest.approx(-promised[fell]) and off[fell] == pytest.approx(1 - promised[fell])
+    assert np.array_equal(told[~fell], off[~fell], equal_nan=True)
+    unknown = replace(good, metrics={**good.metrics, "quality": np.full(len(rows), np.nan)})
+    assert np.isnan(residuals(unknown, new, 0.5, fell_back=fell)).all()
+    hidden, seen = promise_of(good, new, 0.5).headline, promise_of(good, new, 0.5, fell_back=fell).headline
+    assert hidden is not None and seen is not None and seen.value < hidden.value - 0.15
+    table = calibration_by_model(good, new, 0.5, fell_back=fell)
+    assert (table["residual"] < calibration_by_model(good, new, 0.5)["residual"]).all()
+    with pytest.raises(ValueError, match="fell_back has the shape"):
+        residuals(good, new, 0.5, fell_back=fell[1:])
 
 
 def test_the_frontier(found: Challenge) -> None:

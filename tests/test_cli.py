@@ -106,6 +106,10 @@ def test_training_says_what_it_made(way: Way) -> None:
 def test_the_first_version_is_the_champion_the_second_its_challenger(way: Way) -> None:
     assert f"registered as router version 1, alias champion ({way.uri})" in way.said[1]
     assert "registered as router version 2, alias challenger" in way.said[2]
+    options = ("--encoder", "lexical", "--register", "router", "--tracking-uri", way.uri, "--alias", "champion")
+    said = refused("train", "--logs", way / "logs", "--out", way / "third", *options)
+    assert "router has a champion, version 1" in said and "router-ml promote router" in said
+    assert not (way / "third").exists() and len(registry.versions(way.uri, "router")) == 2
     assert "nothing to judge by" in refused("promote", "router", "2", "--tracking-uri", way.uri)
     assert "is the champion already" in refused("promote", "router", "1", "--tracking-uri", way.uri)
     aliases = {alias: registry.resolve(way.uri, "router", alias).version for alias in ("champion", "challenger")}

@@ -6,15 +6,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import pytest
 from conftest import new_postgres
+from mlflow import MlflowClient
 
 from router_ml.bundle import read_bundle, write_bundle
+from router_ml.catalog import Catalog
 from router_ml.errors import BundleError, InputError, RegistryError
-from router_ml.registry import ModelVersion, connect, download, ensure_store, promote, resolve, versions
+from router_ml.registry import ModelVersion, connect, download, ensure_store, enter, promote, resolve, versions
+from training.report import publish
 from training.tracking import register_bundle
+from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +112,40 @@ def test_promotion_keeps_the_previous_champion(either: str, tmp_path: Path) -> N
     assert (resolve(either, "promoted").version, resolve(either, "promoted", "previous").version) == ("1", "2")
     fetched = download(either, "promoted", "3", tmp_path / "fetched")
     assert (fetched / "booster.txt").read_text() == "tree three\n"
+
+
+def test_the_first_version_enters_as_champion_and_two_at_once_make_one(either: str, tmp_path: Path) -> None:
+    for text in ("one", "two", "three"):
+        register(either, a_bundle(tmp_path / text, text), "entered", alias=None)
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda version: enter(either, "entered", version), "123"))
+    assert sorted(str(version.alias) for version in made) == ["challenger", "challenger", "champion"]
+    (champion,) = (version for version in made if version.alias == "champion")
+    assert resolve(either, "entered").version == champion.version
+
+
+def test_a_registry_that_fails_for_a_moment_makes_no_champion(
+    store: str, tmp_path: Path, tiny_log: pl.DataFrame, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look-up of the champion fails as a database does that is locked; all others are the real ones."""
+    made = train(tiny_log, catalog, out=tmp_path / "bundle", encoder="lexical")
+    first = publish(made, tmp_path / "bundle", tracking_uri=store, name="moment")
+    assert first.alias == "champion"
+    look, failures = MlflowClient.get_registered_model, [OSError("database is locked")]
+
+    def once(self: MlflowClient, name: str) -> object:
+        if failures:
+            raise failures.pop()
+        return look(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_registered_model", once)
+    with pytest.raises(RegistryError, match="database is locked"):
+        publish(made, tmp_path / "bundle", tracking_uri=store, name="moment")
+    assert failures == [] and resolve(store, "moment").version == "1"
+    assert publish(made, tmp_path / "bundle", tracking_uri=store, name="moment").alias == "challenger"
+    with pytest.raises(InputError, match=r"has a champion, version 1.*router-ml promote moment"):
+        publish(made, tmp_path / "bundle", tracking_uri=store, name="moment", alias="champion")
+    assert resolve(store, "moment").version == "1"
 
 
 def test_versions_are_listed_newest_first_with_what_is_known_of_them(either: str, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,23 @@ def test_a_promotion_moves_the_alias_and_says_so_in_tags_and_audit_log(make: Mak
     assert oldest.promoted == first.time and oldest.until is not None and oldest.until >= made.time
     (note,) = noted(store)
     assert note.items() >= {"action": "promote", "version": "2", "before": "1", "gate": gate, "forced": False}.items()
+
+
+def test_a_gate_with_numbers_without_bounds_is_kept_as_json(make: Make, store: str) -> None:
+    """As of a log with one session, whose interval is the whole line."""
+    uri = make("aa", "bb", champions="1")
+    gate = {"passed": False, "conditions": ({"low": -math.inf, "high": math.inf, "value": math.nan, "n": 1},)}
+    promote(uri, NAME, "2", who="ann", forced=True, reason="one session", gate=gate, store=store)
+    null = {"passed": False, "conditions": [{"low": None, "high": None, "value": None, "n": 1}]}
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(resolve(uri, NAME).tags["router_ml.gate"], parse_constant=refuse) == null
+    with closing(sqlite3.connect(store)) as connection:
+        (content,) = connection.execute("select after from changes where kind = 'registry'").fetchone()
+    assert json.loads(content, parse_constant=refuse)["gate"] == null
+    assert past(uri, "2").gate == null
 
 
 def test_what_does_not_fit_is_refused_and_nothing_moves(make: Make, store: str, tmp_path: Path) -> None:

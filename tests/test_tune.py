@@ -15,21 +15,26 @@ import pytest
 from click.testing import CliRunner, Result
 
 from features.load import load_router
+from router_ml import tune_cli
 from router_ml.bundle import read_bundle
 from router_ml.catalog import Catalog
 from router_ml.cli import main
 from router_ml.conversation import request_of_log_row
 from router_ml.errors import InputError
-from router_ml.logs import LOG_SCHEMA, write_log
+from router_ml.logs import LOG_SCHEMA, log_sha256, read_log, write_log
 from router_ml.policy import Policy
 from router_ml.store import Store
-from router_ml.types import Outcome
+from router_ml.types import ModelCard, Outcome
 from training.dataset import build_dataset, split_by_time
 from training.dials import KINDS, Seen, sequence
-from training.held_out import held_out
+from training.held_out import held_out, held_out_ids
 from training.judged import Judged, judged_of
+from training.onboard import onboard_bundle
+from training.outcomes import Logging
+from training.simulate import simulate
 from training.train import train
 from training.tune import tune, tune_judged
+from training.world import SIMULATED_CATALOG
 
 COST = np.array([0.001, 0.004, 0.02])
 
@@ -221,6 +226,86 @@ def test_what_a_bundle_has_learnt_from_is_left_out(trained: Path, tiny_log: pl.D
         held_out(tiny_log, {**manifest, "holdout": 0.0})
 
 
+def test_what_a_bundle_was_onboarded_with_is_left_out(trained: Path, tiny_log: pl.DataFrame, tmp_path: Path) -> None:
+    later = tiny_log.with_columns(
+        pl.col("time") + timedelta(days=900),
+        pl.col("request_id").str.replace("^", "later "),
+        prompt=pl.format("{} {}", "prompt", "request_id"),
+        model=pl.when(pl.col("model") == "local").then(pl.lit("newcomer")).otherwise("model"),
+    )
+    # Of the log's first half the newcomer's rows are learnt from; of the second half there is none.
+    half = later["time"].sort()[len(later) // 2]
+    rows = later.filter((pl.col("model") != "newcomer") | (pl.col("time") <= half))
+    card = ModelCard(
+        id="newcomer", provider="acme", tier="mid-closed", input_usd_per_mtok=0.4, output_usd_per_mtok=1.6,
+        context_window=64_000,
+    )  # fmt: skip
+    onboard_bundle(trained / "bundle", card, out=tmp_path / "wider", logs=rows)
+    manifest = read_bundle(tmp_path / "wider").manifest
+    newest = rows.filter(pl.col("model") == "newcomer")["time"].max()
+    assert isinstance(newest, datetime) and manifest["trained_until"] == newest.isoformat()
+    assert manifest["onboarded"][0]["until"] == newest.isoformat()
+    fresh, others, _ = held_out(rows, manifest)
+    assert fresh["time"].min() > newest and len(fresh) + len(others) == len(rows)
+    with pytest.raises(InputError, match="no row"):
+        held_out(rows.filter(pl.col("time") <= newest), manifest)
+    # The training log's held-out requests are as new as ever: these rows are not among what was onboarded with.
+    was = held_out(tiny_log, read_bundle(trained / "bundle").manifest)[0]
+    assert held_out(tiny_log, manifest)[0].equals(was)
+
+    # A bundle of before, whose entry has no time: its own log tells, of another one it cannot be known.
+    old = read_bundle(trained / "bundle").manifest | {"onboarded": [dict(manifest["onboarded"][0])]}
+    del old["onboarded"][0]["until"]
+    assert held_out(rows, old)[0].equals(fresh)
+    other = rows.with_columns(latency_ms=pl.lit(1.0))
+    with pytest.raises(InputError, match=r"until when newcomer was onboarded.*--since"):
+        held_out(other, old)
+    assert held_out(other, old, since=newest)[0]["request_id"].equals(fresh["request_id"])
+    unasked = old | {"onboarded": [{**old["onboarded"][0], "log_sha256": None}]}
+    assert held_out(other, unasked)[0]["time"].min() < newest, "from a sibling alone no row was learnt from"
+
+
+def test_onboarded_onto_its_own_training_log(trained: Path, tiny_log: pl.DataFrame, catalog: Catalog) -> None:
+    """Rows of a model that training did not list: they do not move the cut, and what was onboarded with is old."""
+    listed = catalog.subset([model for model in catalog.ids if model != "local"])
+    began = tiny_log["time"].min()
+    alone = [f"r{i}" for i in range(100, 160)]  # requests that only the unlisted model answered
+    log = tiny_log.filter(~pl.col("request_id").is_in(alone) | (pl.col("model") == "local"))
+    manifest = {"log_sha256": log_sha256(log), "holdout": 0.5, "catalog": catalog.to_json()}
+    data = build_dataset(log, listed)
+    ids = [data.ids[i] for i in split_by_time(data, 0.5)[1]]
+    middle = log.filter(pl.col("request_id").is_in(ids))["time"].sort()
+    end = middle[len(middle) // 2]
+    entry = {"model": "local", "log_sha256": "ab" * 32, "until": end.isoformat()}
+    rows = held_out(log, manifest | {"onboarded": [entry]})[0]
+    newer = log.filter(pl.col("request_id").is_in(ids) & (pl.col("time") > end))
+    assert set(rows["request_id"]) == set(newer["request_id"])
+    before = entry | {"until": began.isoformat()}  # type: ignore[union-attr]
+    assert set(held_out(log, manifest | {"onboarded": [before]})[0]["request_id"]) == set(ids)
+
+
+@pytest.mark.parametrize("logging", ["full", "uniform"])
+@pytest.mark.parametrize("holdout", [0.05, 0.2, 0.5])
+def test_the_held_out_ids_are_those_of_training(logging: Logging, holdout: float, tmp_path: Path) -> None:
+    simulate(900, tmp_path / "logs", seed=3, logging=logging)
+    rng = np.random.default_rng(5)
+    log = read_log(tmp_path / "logs")
+    which = pl.Series(rng.integers(0, 10, len(log)))
+    gone = which == 0  # no text; others without a session, with another's text, or as messages
+    log = log.with_columns(
+        prompt=pl.when(gone).then(None).when(which == 1).then(pl.col("prompt").shift(40)).otherwise("prompt"),
+        messages=pl.when(which == 2)
+        .then(pl.lit('[{"role": "user", "content": "Hello"}]'))
+        .otherwise(pl.when(gone).then(None).otherwise("messages")),
+        session=pl.when(which == 3).then(None).when(which == 4).then(pl.lit("long")).otherwise("session"),
+    )
+    cards = SIMULATED_CATALOG.subset(SIMULATED_CATALOG.ids[1:])  # rows of the first cannot be learnt from
+    data = build_dataset(log, cards)
+    expected = [data.ids[i] for i in split_by_time(data, holdout)[1]]
+    assert held_out_ids(log, cards.ids, holdout).to_list() == expected and expected
+    assert log["session"].n_unique() < len(log)
+
+
 def test_a_log_says_what_became_of_requests(trained: Path, tiny_log: pl.DataFrame, catalog: Catalog) -> None:
     router = load_router(trained / "bundle")
     rows = tiny_log.head(5 * 4).with_columns(at=pl.int_range(pl.len()))
@@ -279,7 +364,7 @@ def test_the_command_tunes_on_the_held_out_rows(trained: Path, tmp_path: Path) -
 
 
 def test_a_store_without_prompts_tunes_the_bundle_that_served(
-    trained: Path, tiny_log: pl.DataFrame, tmp_path: Path
+    trained: Path, tiny_log: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router = load_router(trained / "bundle", Policy(exploration_rate=1.0))
     qualities = {(r, m): q for r, m, q in tiny_log.select("request_id", "model", "quality").iter_rows()}
@@ -309,6 +394,10 @@ def test_a_store_without_prompts_tunes_the_bundle_that_served(
     found = json.loads((tmp_path / "t.json").read_text())
     assert found["rows"] == 720 and found["max_weight"] == pytest.approx(4.0) and "by chance" in done.stdout
     log = pl.DataFrame(list(Store(f"{tmp_path}/store.db").iter_log_rows()), schema=LOG_SCHEMA)
+    monkeypatch.setattr(tune_cli, "_CHUNK", 100)
+    newest = log["time"].max()
+    assert isinstance(newest, datetime)
+    assert tune_cli.log_rows(None, f"{tmp_path}/store.db", newest).equals(log), "the earlier rows tell what is old"
     assert log["prompt"].null_count() == len(log)
     with pytest.raises(InputError, match="prompt"):
         tune(router, log, {"trained_until": "2020-01-01T00:00:00+00:00"}, min_quality=0.7)

@@ -124,8 +124,19 @@ def test_what_counts_as_an_outcome() -> None:
     none = watch([row | {"quality": None}])
     assert (none.n, none.decisions, none.broken, none.models) == (0, 1, False, ()) and np.isnan(none.high)
     assert none.why == "no outcome of this version yet" and "0 of 1 decisions have an outcome" in none.assumptions[0]
-    fell_back = watch([row | {"served": "other"}])
-    assert fell_back.n == 1 and fell_back.models == (), "another model's answer tells nothing of this one"
+    assert residual(served="other") == pytest.approx(-0.72), "another model's good answer keeps no promise of this one"
+    assert watch([row | {"served": "other", "quality": None}]).n == 0, "as likely to be told of as any other answer"
+
+
+def test_a_model_that_falls_back_more_and_more_breaks_its_promise() -> None:
+    """The answers that came in its place are good, so by them alone nothing would be seen."""
+    made = rows(900, np.random.default_rng(4))
+    often = [row | {"served": "other", "quality": 1.0} if i % 4 == 0 else row for i, row in enumerate(made)]
+    assert not watch(made, failure={"mid": 0.02}).broken
+    found = watch(often, failure={"mid": 0.02})
+    assert found.broken and [(of.model, of.n, of.fell) for of in found.models] == [("mid", 900, True)]
+    reckoned = watch(often, failure={"mid": 0.25})
+    assert not reckoned.broken and abs(reckoned.residual) < 0.03, "a share that was promised is no breach"
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": -0.1}, {"tolerance": 1.0}, {"confidence": 1.0}, {"tightest_at": 3}])

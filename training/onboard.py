@@ -11,6 +11,7 @@ other models' columns stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,9 @@ def onboard_bundle(
 ) -> Onboarding:
     """Writes to `out` the bundle with one more model, in last place; seconds, whatever the bundle was trained on.
 
-    `logs` is a request log with outcomes of the new model, other models' rows are ignored; `sibling` comes before the
-    card's own. Raises InputError when the model is in the bundle already, when the sibling is not, and when the log has
-    no outcome of the model.
+    `logs` is a request log with outcomes of the new model, other models' rows are ignored; the bundle counts as trained
+    until the newest of its rows (`held_out.held_out`). `sibling` comes before the card's own. Raises InputError when
+    the model is in the bundle already, when the sibling is not, and when the log has no outcome of the model.
     """
     check_replaceable(Path(out))
     made = read_bundle(bundle)
@@ -80,15 +81,19 @@ def onboard_bundle(
     prior = prior_mix(catalog, card)
     calls = _calls(made.manifest.get("reliability"), frame, card, prior)
     known = 0 if outcomes is None else int(outcomes.observed.sum())
+    until = None if frame is None else frame.filter(pl.col("model") == card.id)["time"].max()
     entry = {
         "model": card.id,
         "sibling": card.sibling,
         "outcomes": known,
         "onto": made.version,
         "log_sha256": None if frame is None else log_sha256(frame),
+        "until": until.isoformat() if isinstance(until, datetime) else None,
     }
     manifest = {name: value for name, value in made.manifest.items() if name not in ("files", "format")}
     manifest |= {"onboarded": [*manifest.get("onboarded", []), entry]}
+    if isinstance(until, datetime) and "trained_until" in manifest:  # what `held_out` goes by
+        manifest["trained_until"] = max(datetime.fromisoformat(manifest["trained_until"]), until).isoformat()
     if calls is not None:
         manifest["reliability"] = calls.to_json()
     twin = load_twin(made)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from router_ml import registry
-from router_ml.errors import RegistryError
+from router_ml.errors import InputError, NoAliasError, NotRegisteredError
 from router_ml.registry import ModelVersion
 from training.evaluate import Frontier
 from training.tracking import register_bundle
@@ -18,28 +18,42 @@ from training.train import Training
 def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias: str | None = None) -> ModelVersion:
     """Registers a trained bundle in MLflow with its parameters, metrics and plots.
 
-    Without an `alias` the first version becomes the champion and each later one the challenger. Raises RegistryError.
+    Without an `alias` the first version becomes the champion and each later one the challenger; which it is, is decided
+    once it is registered, so that a registry that fails meanwhile makes no champion. With the alias `champion` the same
+    holds, and InputError is raised where there is one already (`check_alias`). Raises RegistryError.
     """
-    registry.ensure_store(tracking_uri)
-    if alias is None:
-        try:
-            registry.resolve(tracking_uri, name, registry.CHAMPION)
-            alias = "challenger"
-        except RegistryError:
-            alias = registry.CHAMPION
+    check_alias(tracking_uri, name, alias)
     with tempfile.TemporaryDirectory() as folder:
         plots = [plot_calibration(made, Path(folder) / "calibration.png")]
         if made.frontier is not None:
             plots.append(plot_frontier(made.frontier, made.held_out.catalog.ids, Path(folder) / "frontier.png"))
-        return register_bundle(
+        made_version = register_bundle(
             bundle,
             tracking_uri=tracking_uri,
             name=name,
             params=made.params,
             metrics=made.metrics,
             plots=plots,
-            alias=alias,
+            alias=None if alias == registry.CHAMPION else alias,
         )
+    if alias is None or alias == registry.CHAMPION:
+        return registry.enter(tracking_uri, name, made_version.version)
+    return made_version
+
+
+def check_alias(tracking_uri: str, name: str, alias: str | None) -> None:
+    """Raises InputError for the alias `champion` where there is one, which only the gate replaces; RegistryError."""
+    registry.ensure_store(tracking_uri)
+    if alias != registry.CHAMPION:
+        return
+    try:
+        there = registry.resolve(tracking_uri, name, registry.CHAMPION)
+    except (NoAliasError, NotRegisteredError):
+        return
+    raise InputError(
+        f"{name} has a champion, version {there.version}, which a new version replaces only through the gate: train "
+        f"without --alias champion, then router-ml promote {name}"
+    )
 
 
 def plot_frontier(front: Frontier, models: tuple[str, ...], to: Path) -> Path:

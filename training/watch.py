@@ -1,8 +1,9 @@
 """Does the champion keep its promise? Live outcomes held against p_ok, at every look, without false alarms piling up.
 
 Of each decision with an outcome the residual is (quality >= the decision's threshold) - promise, where the promise is
-p_ok of the chosen model, times the share of its calls that answer at all. A confidence sequence over sessions bounds
-the mean residual at all looks at once, so one may look as often as one likes, and stop at the first that breaks it.
+p_ok of the chosen model, times the share of its calls that answer at all: where another model had to answer, the call
+failed, and is no success whatever that answer was worth. A confidence sequence over sessions bounds the mean residual
+at all looks at once, so one may look as often as one likes, and stop at the first that breaks it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class OfModel(NamedTuple):
-    """The same for the answers of one model; `fell` says that they broke the promise by themselves."""
+    """The same for the choices of one model; `fell` says that they broke the promise by themselves."""
 
     model: str
     n: int
@@ -127,11 +128,11 @@ def watch(
     told = _told(rows, failure or {})
     residual = told.ok - told.promise
     last, outcomes, mean, lower, upper = _sequence(residual, told.cluster, confidence, tightest_at)
-    asked = sorted(set(told.model[told.own]))
+    asked = sorted(set(told.model))
     share = 1.0 - (1.0 - confidence) / max(len(asked), 1)
     found = []
     for name in asked:
-        of = told.own & (told.model == name)
+        of = told.model == name
         _, _, *sequence = _sequence(residual[of], told.cluster[of], share, tightest_at)
         m, a, b = (float(x[-1]) for x in sequence)
         means = float(told.promise[of].mean()), float(told.ok[of].mean())
@@ -158,21 +159,20 @@ def failure_rates(manifest: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 class _Told(NamedTuple):
-    """The outcomes as arrays [n], `own` where the chosen model answered itself; `began` [clusters] of all decisions."""
+    """The outcomes as arrays [n]; `began` [clusters] of all decisions."""
 
     decisions: int
     cluster: IntArray
     model: npt.NDArray[np.object_]
     promise: Array
     ok: Array
-    own: npt.NDArray[np.bool_]
     began: IntArray
 
 
 def _told(rows: Iterable[Mapping[str, Any]], failure: Mapping[str, float]) -> _Told:
     index: dict[tuple[Any, ...], int] = {}
     began: list[int] = []
-    found: list[tuple[int, str, float, float, bool]] = []
+    found: list[tuple[int, str, float, float]] = []
     decisions = 0
     for row in sorted(rows, key=lambda r: (r["time_us"], r["decision_id"])):
         decisions += 1
@@ -186,16 +186,17 @@ def _told(rows: Iterable[Mapping[str, Any]], failure: Mapping[str, float]) -> _T
         threshold, p_ok = row["quality_threshold"], row["p_ok"]
         if p_ok is None or threshold is None or (row["quality"] is None and not failed):
             continue
-        ok = 0.0 if failed else float(row["quality"] >= threshold)
+        # The promise has the calls that fall back among those that fail, so another model's answer keeps none.
+        own = row["served"] == row["model"]
+        ok = float(own and not failed and row["quality"] >= threshold)
         promise = float(p_ok) * (1.0 - failure.get(row["model"], 0.0))
-        found.append((cluster, row["model"], promise, ok, row["served"] == row["model"]))
+        found.append((cluster, row["model"], promise, ok))
     return _Told(
         decisions,
         np.array([row[0] for row in found], dtype=np.int64),
         np.array([row[1] for row in found], dtype=object),
         np.array([row[2] for row in found], dtype=np.float64),
         np.array([row[3] for row in found], dtype=np.float64),
-        np.array([row[4] for row in found], dtype=bool),
         np.array(began, dtype=np.int64),
     )
 
@@ -236,7 +237,7 @@ def _assumptions(n: int, decisions: int, tightest_at: int, failures: bool) -> tu
         "gives none is taken to be as likely content as when it was learnt",
         "outcomes of good answers come as soon as those of bad ones",
         "sessions are independent of each other, and a request without one is a session of its own",
-        "a call that failed for good is not acceptable, and after a fallback the answer that came counts; " + promised,
+        "a call that failed for good is not acceptable, nor is one that fell back, whatever was answered; " + promised,
         "the bounds are asymptotic: they hold at all looks at once from some tens of sessions on, and are best at "
         f"{tightest_at:,}",
         "the mean is over all outcomes since the version became champion, so a late drop shows the later",
