@@ -6,7 +6,6 @@ MLflow is imported inside the functions alone: a process that only routes never 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -140,23 +139,6 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return to
-
-
-def manifest(uri: str, name: str, version: str) -> dict[str, Any]:
-    """The manifest of one version's bundle, without its other files and not held against its hash.
-
-    Raises RegistryError.
-    """
-    client = _open(uri)
-    with reported(uri), tempfile.TemporaryDirectory(prefix="router-ml-") as scratch:
-        _version(client, uri, name, version, None)
-        source = str(client.get_model_version_download_uri(name, str(version))).rstrip("/")
-        path = _bundle_path(uri, name, version, source, Path(scratch))
-        text = _fetch(uri, f"{source}/{path}/{MANIFEST}", Path(scratch) / "manifest").read_text(encoding="utf-8")
-    try:
-        return dict(json.loads(text))
-    except ValueError:
-        raise RegistryError(f"the {MANIFEST} of version {version} of {name!r} in {shown(uri)} is not JSON") from None
 
 
 def sqlite_path(uri: str) -> Path | None:

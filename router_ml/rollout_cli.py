@@ -142,7 +142,6 @@ class _Watcher:
         self.uri, self.name, self.store, self.dry_run = uri, name, store, dry_run
         self.tolerance, self.confidence = tolerance, confidence
         self._engine: sa.Engine | None = None
-        self._rates: tuple[str, dict[str, float] | None] | None = None  # of which version
         # A hung server must not hold a watch for minutes; there is always a next look.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
@@ -170,10 +169,9 @@ class _Watcher:
             raise InputError(
                 f"version {now.version} of {self.name!r} does not say which bundle it is: train --register"
             )
-        rates = self._failure_rates(now)
         try:
             rows = told_decisions(self.open(), now.bundle, now.since_us)
-            found = run(rows, failure=rates, tolerance=self.tolerance, confidence=self.confidence)
+            found = run(rows, tolerance=self.tolerance, confidence=self.confidence)
         except sa.exc.SQLAlchemyError as error:
             raise UnreachableError(f"the store does not answer: {getattr(error, 'orig', None) or error}") from None
         if not found.broken:
@@ -199,14 +197,6 @@ class _Watcher:
             click.echo(f"  rolled back to version {moved.version}")
         except (MovedError, NoWayBackError) as error:
             click.echo(f"  not rolled back: {error}")
-
-    def _failure_rates(self, now: Reign) -> dict[str, float] | None:
-        from router_ml.registry import manifest
-        from training.watch import failure_rates
-
-        if self._rates is None or self._rates[0] != now.version:
-            self._rates = (now.version, failure_rates(manifest(self.uri, self.name, now.version)))
-        return self._rates[1]
 
 
 @contextmanager

@@ -237,10 +237,10 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
-def log_rows(logs: Path | None, store: str | None, since: datetime | None = None) -> pl.DataFrame:
+def log_rows(logs: Path | None, store: str | None) -> pl.DataFrame:
     """All rows of a log, or of a store. Raises InputError unless exactly one of them is given.
 
-    Those before `since`, too: by them `held_out` knows which sessions and texts are old, and it takes the later ones.
+    Those before a `--since`, too: by them `held_out` knows what is old, and it takes the later ones.
     """
     from itertools import islice
 

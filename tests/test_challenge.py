@@ -22,7 +22,7 @@ from training.challenge_report import as_html, as_json, as_text, log_report, wri
 from training.changes import changed_for, changed_models
 from training.held_out import held_out
 from training.logged import Decided, decided, logged_of
-from training.promises import calibration_by_model, promise_of, residuals
+from training.promises import calibration_by_model, own_answers, promise_of, residuals
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 from training.simulate import true_quality
 from training.tracking import register_bundle
@@ -162,36 +162,35 @@ def test_a_model_that_only_one_knows(judged: tuple[pl.DataFrame, Decided, Decide
 
 def test_promises(judged: tuple[pl.DataFrame, Decided, Decided], found: Challenge) -> None:
     rows, _, new = judged
-    logged = logged_of(rows, new.catalog)
-    table = calibration_by_model(logged, new, 0.5)
+    logged, own = logged_of(rows, new.catalog), own_answers(rows)
+    assert own.sum() == rows.filter(pl.col("quality").is_not_null(), pl.col("fallback_from").is_null()).height
+    table = calibration_by_model(logged, new, 0.5, own)
     assert (table["observed"] - table["promised"] - table["residual"]).abs().max() < 1e-9  # type: ignore[operator]
-    assert table["n"].sum() == (~np.isnan(logged.metrics["quality"])).sum()
+    assert table["n"].sum() == own.sum() < (~np.isnan(logged.metrics["quality"])).sum()
     assert (table["low"] <= table["residual"]).all() and (table["residual"] <= table["high"]).all()
     bold = replace(new, p_ok=np.minimum(new.p_ok + 0.2, 1.0))
-    shifted = promise_of(logged, bold, 0.5).headline
-    honest = promise_of(logged, new, 0.5).headline
+    shifted = promise_of(logged, bold, 0.5, own).headline
+    honest = promise_of(logged, new, 0.5, own).headline
     assert shifted is not None and honest is not None
     assert shifted.high < -0.05 and honest.low < 0.05 and shifted.value < honest.value - 0.1
     assert found.calibration["contender"].unique().sort().to_list() == [CHALLENGER, CHAMPION]
 
 
-def test_another_models_answer_keeps_no_promise(judged: tuple[pl.DataFrame, Decided, Decided]) -> None:
+def test_failures_and_other_models_answers_are_no_part_of_a_promise(
+    judged: tuple[pl.DataFrame, Decided, Decided],
+) -> None:
     rows, _, new = judged
-    logged = logged_of(rows, new.catalog)
-    fell = np.arange(len(rows)) % 4 == 0
-    good = replace(logged, metrics={**logged.metrics, "quality": np.where(fell, 1.0, logged.metrics["quality"])})
-    off, told = residuals(good, new, 0.5), residuals(good, new, 0.5, fell_back=fell)
-    promised = new.promised[np.arange(len(rows)), logged.action]
-    assert told[fell] == pytest.approx(-promised[fell]) and off[fell] == pytest.approx(1 - promised[fell])
-    assert np.array_equal(told[~fell], off[~fell], equal_nan=True)
-    unknown = replace(good, metrics={**good.metrics, "quality": np.full(len(rows), np.nan)})
-    assert np.isnan(residuals(unknown, new, 0.5, fell_back=fell)).all()
-    hidden, seen = promise_of(good, new, 0.5).headline, promise_of(good, new, 0.5, fell_back=fell).headline
-    assert hidden is not None and seen is not None and seen.value < hidden.value - 0.15
-    table = calibration_by_model(good, new, 0.5, fell_back=fell)
-    assert (table["residual"] < calibration_by_model(good, new, 0.5)["residual"]).all()
-    with pytest.raises(ValueError, match="fell_back has the shape"):
-        residuals(good, new, 0.5, fell_back=fell[1:])
+    nth = pl.int_range(pl.len())
+    failing = rows.with_columns(
+        quality=pl.when(nth % 4 == 0).then(None).otherwise("quality"),
+        status=pl.when(nth % 4 == 0).then(pl.lit("error")).otherwise("status"),
+    )
+    silent = failing.with_columns(status=pl.col("status").replace("error", "cancelled"))
+    promises = [promise_of(logged_of(of, new.catalog), new, 0.5, own_answers(of)).headline for of in (failing, silent)]
+    assert promises[0] == promises[1]
+    fell = rows.with_columns(fallback_from=pl.when(nth % 4 == 0).then("model").otherwise("fallback_from"))
+    off = residuals(logged_of(fell, new.catalog), new, 0.5, own_answers(fell))
+    assert np.isnan(off[::4]).all() and (~np.isnan(off)).sum() > 500
 
 
 def test_the_frontier(found: Challenge) -> None:

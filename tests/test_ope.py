@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
 import pytest
 
+from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.logs import read_log
+from router_ml.logs import LOG_SCHEMA, read_log
 from training.estimators import Parts, row_values, switch_threshold
 from training.ope import (
     ESTIMATORS,
@@ -328,3 +330,29 @@ def test_draws_follow_the_policy_that_is_evaluated(traffic: Traffic) -> None:
     good = np.random.default_rng(1).random(len(drawn)) < traffic.true[np.arange(len(drawn)), drawn]
     e = evaluate_policy(logged, traffic.target).estimates["dr"]
     assert abs(e.value - good.mean()) < 4 * np.hypot(e.se, good.std() / np.sqrt(len(good)))
+
+
+def test_failures_are_known_of_without_feedback(catalog: Catalog) -> None:
+    """One call in ten fails, which is always known; one answer in four is told of: failures must not stand for more."""
+    rng, rows = np.random.default_rng(11), []
+    skill = {"mid": 0.8, "local": 0.5}
+    for i in range(12_000):
+        model = ("mid", "local")[int(rng.random() < 0.5)]
+        failed = rng.random() < 0.1
+        ok = float(rng.random() < skill[model])
+        rows.append(
+            {
+                "request_id": f"r{i}", "time": datetime(2026, 1, 1, tzinfo=UTC),
+                "prompt": "x" * int(rng.integers(20, 90)),
+                "candidates": ["mid", "local"], "model": model, "propensity": 0.5, "cost_usd": 0.1,
+                "status": "timeout" if failed else "ok",
+                "quality": None if failed or rng.random() > 0.25 else ok,
+            }
+        )  # fmt: skip
+    logged = logged_of(pl.DataFrame(rows, schema=LOG_SCHEMA), catalog)
+    target = np.zeros((len(rows), len(catalog)))
+    target[:, catalog.index["mid"]] = 1.0
+    value = evaluate_policy(logged, target, estimators=["dr"]).headline
+    assert value is not None and value.low <= 0.9 * 0.8 <= value.high and value.se < 0.02
+    forgetful = evaluate_policy(replace(logged, certain={}), target, estimators=["dr"]).headline
+    assert forgetful is not None and forgetful.high < 0.68, "which the log would say if nothing were certain"

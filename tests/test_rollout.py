@@ -25,7 +25,7 @@ from router_ml.audit import changes
 from router_ml.bundle import read_bundle
 from router_ml.cli import main
 from router_ml.errors import InputError, MovedError, NoWayBackError, RegistryError
-from router_ml.registry import manifest, resolve
+from router_ml.registry import resolve
 from router_ml.rollout import Past, history, promote, reign, rollback, rolled_back
 from router_ml.tables import open_database
 from training.tracking import register_bundle
@@ -509,14 +509,6 @@ def test_a_server_that_dies_half_way_leaves_a_champion_that_services_follow(
         wait_for(served("2"), 30)
         assert rollback(server.uri, name, who="me", reason="back").version == "1"
         wait_for(served("1"), 30)
-
-
-def test_the_manifest_of_a_version_is_read_without_the_rest(make: Make, tiny_bundle: Path) -> None:
-    uri = make()
-    register_bundle(tiny_bundle, tracking_uri=uri, name=NAME, params={}, metrics={})
-    assert manifest(uri, NAME, "1") == read_bundle(tiny_bundle).manifest
-    with pytest.raises(RegistryError, match="no version '2'"):
-        manifest(uri, NAME, "2")
 
 
 def test_the_commands(make: Make, store: str) -> None:

@@ -27,7 +27,7 @@ from training.experiment import cost_column
 from training.held_out import held_out
 from training.logged import Decided, Logged, decided, logged_of, one_row_a_request
 from training.ope import PolicyValue, SliceValues, evaluate_policies, evaluate_slices
-from training.promises import calibration_by_model, promise_of
+from training.promises import calibration_by_model, own_answers, promise_of
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 from training.slices import SLICES
 from training.support import CERTAIN
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 METRICS = ("quality", "cost_usd")
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHEAPEST, BEST_SINGLE, SHUFFLED = "always cheapest", "best single", "challenger shuffled"
@@ -171,6 +172,7 @@ def challenge(
         metric: evaluate_policies(logged, {"": new.target}, baseline=old.target, metric=metric, **options)[""]
         for metric in METRICS
     }
+    answered = own_answers(rows)
     present = [name for name in by if name in logged.slices.columns]
     slices = evaluate_slices(logged, new.target, by=present, baseline=old.target, **options)
     both = {CHAMPION: (champion, old), CHALLENGER: (challenger, new)}
@@ -182,10 +184,10 @@ def challenge(
         quality=change["quality"], cost_usd=change["cost_usd"], slices=slices,
         policies={metric: {name: values[name] for name in targets} for metric, values in found.items()},
         promise={
-            name: promise_of(logged, of, one.threshold, confidence=confidence, seed=seed)
+            name: promise_of(logged, of, one.threshold, answered, confidence=confidence, seed=seed)
             for name, (one, of) in both.items()
         },
-        calibration=_calibration(logged, both, confidence, seed),
+        calibration=_calibration(logged, both, answered, confidence, seed),
         frontier=_frontier(found, list(points)),
         changes=changed_models(logged, old, new, options),
         who=changed_for(logged, old, new),
@@ -262,10 +264,10 @@ def _dialled(
 
 
 def _calibration(
-    logged: Logged, both: Mapping[str, tuple[Contender, Decided]], confidence: float, seed: int
+    logged: Logged, both: Mapping[str, tuple[Contender, Decided]], answered: BoolArray, confidence: float, seed: int
 ) -> pl.DataFrame:
     frames = [
-        calibration_by_model(logged, of, one.threshold, confidence=confidence, seed=seed).select(
+        calibration_by_model(logged, of, one.threshold, answered, confidence=confidence, seed=seed).select(
             pl.lit(name).alias("contender"), pl.all()
         )
         for name, (one, of) in both.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -37,7 +37,8 @@ class Logged:
     `propensity`: the probability with which the policy made that choice, NaN where it was not logged, float64 [n];
     `eligible`: what the policy could have chosen, bool [n, m]; `cluster`: rows of a cluster are not independent of
     each other, int64 [n]; `slices`: a frame of n rows; `context`: numbers that describe the request, float64 [n, k];
-    `notes`: sentences on what had to be assumed.
+    `notes`: sentences on what had to be assumed; `certain`: where an outcome of a metric is known whoever gives
+    feedback, bool [n] (a call that failed for good).
     """
 
     catalog: Catalog
@@ -50,6 +51,7 @@ class Logged:
     slices: pl.DataFrame
     context: Array
     notes: tuple[str, ...] = ()
+    certain: Mapping[str, BoolArray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.action)
@@ -67,6 +69,7 @@ class Logged:
             time=self.time.gather(at),
             slices=self.slices[at],
             context=self.context[at],
+            certain={name: known[at] for name, known in self.certain.items()},
         )
 
 
@@ -120,11 +123,13 @@ def logged_of(
     action = chosen.replace_strict(catalog.index, return_dtype=pl.Int64).to_numpy()
     eligible = _eligible(log, catalog)
     eligible[np.arange(len(log)), action] = True
-    values = {}
+    values, certain = {}, {}
     for name in metrics:
         column = pl.col(name).cast(pl.Float64)
         if name == "quality" and failed_quality is not None:
-            column = pl.when(column.is_null() & pl.col("status").is_in(FAILURES)).then(failed_quality).otherwise(column)
+            failed = (column.is_null() & pl.col("status").is_in(FAILURES)).fill_null(False)
+            certain[name] = log.select(failed).to_series().to_numpy().copy()
+            column = pl.when(failed).then(failed_quality).otherwise(column)
         values[name] = log.select(column.fill_null(np.nan)).to_series().to_numpy().copy()
     slices = slices_of(log)
     tokens = log["input_tokens"].cast(pl.Float64).fill_null(np.nan).to_numpy()
@@ -138,6 +143,7 @@ def logged_of(
         log["time"],
         slices,
         context_of(slices, tokens),
+        certain=certain,
     )
 
 
@@ -199,7 +205,7 @@ class Decided:
     `target`: probability of each model, exploration included; a request that the policy may not serve by any model has
     a row of zeros, which counts as unsupported. `choice`: position of the model without exploration, -1 where there is
     none, int64 [n]. `eligible`: what it might have chosen, bool [n, m]. `p_ok` and `cost_usd`: what it expects of every
-    model, NaN of one that it does not know. `answers`: the share of each model's calls that answer at all, [m].
+    model, NaN of one that it does not know.
     """
 
     catalog: Catalog
@@ -208,12 +214,6 @@ class Decided:
     eligible: BoolArray
     p_ok: Array
     cost_usd: Array
-    answers: Array
-
-    @property
-    def promised(self) -> Array:
-        """Probability that a call of each model brings an acceptable answer, float64 [n, m]."""
-        return self.p_ok * self.answers
 
     @property
     def predictions(self) -> dict[str, Array]:
@@ -258,10 +258,7 @@ def decided(
             choice[row] = catalog.index[decision.model]
         p_ok[row, here] = estimate.p_ok[there]
         cost[row, here] = router.expected_cost(request, estimate)[there]
-    answers = np.ones(len(catalog))
-    if router.reliability is not None:
-        answers[here] = 1.0 - np.array(router.reliability.failure)[there]
-    return Decided(catalog, target, choice, eligible, p_ok, cost, answers)
+    return Decided(catalog, target, choice, eligible, p_ok, cost)
 
 
 def target_of(router: Router, log: pl.DataFrame, catalog: Catalog | None = None, **dial: Any) -> Array:

@@ -133,9 +133,11 @@ def _ridge(columns: Array, target: Array, weight: Array) -> Array:
 
 
 def cross_fit_feedback(
-    design: Array, action: IntArray, seen: Array, prediction: Array | None, fold: IntArray, m: int
+    design: Array, action: IntArray, seen: Array, prediction: Array | None, fold: IntArray, m: int, among: BoolArray
 ) -> Array:
     """Probability that the outcome of a row's decision becomes known, out of fold, float64 [n], unclipped.
+
+    Fitted on the rows `among` [n] alone; the others, whose outcome is certain to be known, have 1.
 
     A logistic regression on the request, which model was chosen and what is predicted of it; its penalty is the one
     that does best out of fold. `seen` [n] is 1 where it
@@ -148,12 +150,12 @@ def cross_fit_feedback(
     whole = np.concatenate(columns, axis=1)
     fitted = np.empty((len(_FEEDBACK_PENALTIES), len(action)))
     for f in np.unique(fold):
-        train, test = fold != f, fold == f
+        train, test = among & (fold != f), fold == f
         for at, penalty in enumerate(_FEEDBACK_PENALTIES):
             fitted[at, test] = _sigmoid(whole[test] @ _logistic(whole[train], seen[train], penalty))
     p = np.clip(fitted, 1e-6, 1 - 1e-6)
-    loss = -(seen * np.log(p) + (1 - seen) * np.log1p(-p)).sum(axis=1)
-    chosen: Array = fitted[loss.argmin()]
+    loss = -(seen * np.log(p) + (1 - seen) * np.log1p(-p))[:, among].sum(axis=1)
+    chosen: Array = np.where(among, fitted[loss.argmin()], 1.0)
     return chosen
 
 

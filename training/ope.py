@@ -261,11 +261,14 @@ def _fitted(
     prediction = None if predictions is None else predictions.get(metric)
     # An outcome that brings feedback less often stands for more of its kind; scaled to at most 1.
     stands = np.where(seen, feedback_ratio ** (outcome - 1.0) / max(1.0, 1.0 / feedback_ratio), 0.0)
+    # A failed call is known of without feedback, and may not stand for answers that nobody spoke of.
+    free = ~logged.certain.get(metric, np.zeros(n, dtype=bool))
+    stands[~free] = stands[free].mean() if free.any() else 1.0
     q = cross_fit_outcomes(design, logged.action, outcome, stands, prediction, fold, m)
     told, known = None, np.ones(n)
     if not seen.all():
-        told = cross_fit_feedback(design, logged.action, stands, prediction, fold, m)
-        known = inverse_feedback(stands, told, logged.action, m)
+        told = cross_fit_feedback(design, logged.action, stands, prediction, fold, m, free)
+        known[free] = inverse_feedback(stands[free], told[free], logged.action[free], m)
     return _Models(logged, metric, propensity, can, q, told, known, tuple(warnings))
 
 

@@ -23,39 +23,43 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def residuals(logged: Logged, decided: Decided, threshold: float, *, fell_back: BoolArray | None = None) -> Array:
+def residuals(logged: Logged, decided: Decided, threshold: float, answered: BoolArray) -> Array:
     """Success less the promised probability, of each row's logged model, float64 [n]; NaN where either is not known.
 
-    Success is a quality of at least `threshold`; a call that failed for good is none, which the promise reckons with.
-    So it does with calls that fell back: where `fell_back` (bool [n]: another model answered; the log's column
-    `fallback_from` is not null) a known quality is that model's, and no success. None: no row fell back. Raises
-    ValueError for another length.
+    Success is a quality of at least `threshold`. p_ok is learnt from a model's own answers and promises nothing else:
+    only rows that are `answered` count, bool [n] (see `own_answers`).
     """
     quality = logged.metrics["quality"]
-    own = np.ones(len(logged), dtype=bool) if fell_back is None else ~np.asarray(fell_back, dtype=bool)
-    if own.shape != quality.shape:
-        raise ValueError(f"fell_back has the shape {own.shape}, the log {len(logged)} rows")
-    promised = decided.promised[np.arange(len(logged)), logged.action]
-    return np.where(np.isnan(quality), np.nan, ((quality >= threshold) & own) - promised)
+    promised = decided.p_ok[np.arange(len(logged)), logged.action]
+    return np.where(answered & ~np.isnan(quality), (quality >= threshold) - promised, np.nan)
+
+
+def own_answers(rows: pl.DataFrame) -> BoolArray:
+    """Which rows of a log have the chosen model's own answer, with a quality, bool [n]; not failures, not fallbacks.
+
+    A call that failed is always known of, an answer only with feedback: together they would say how rare feedback is.
+    """
+    told = rows.select(pl.col("quality").is_not_null() & pl.col("fallback_from").is_null()).to_series()
+    return np.asarray(told.to_numpy(), dtype=bool)
 
 
 def calibration_by_model(
     logged: Logged,
     decided: Decided,
     threshold: float,
+    answered: BoolArray,
     *,
     confidence: float = 0.95,
     seed: int = 0,
-    fell_back: BoolArray | None = None,
 ) -> pl.DataFrame:
     """A row a model with outcomes (`SCHEMA`): promised and observed mean, the residual with its interval, and the ECE.
 
     On the rows where the log asked that model: it says how the probabilities hold where the log's policy chose it. The
     intervals of all models hold together with the given confidence (Bonferroni); fewer than 30 outcomes have none.
-    `fell_back` as in `residuals`.
+    `answered` as in `residuals`.
     """
-    off = residuals(logged, decided, threshold, fell_back=fell_back)
-    promised = decided.promised[np.arange(len(logged)), logged.action]
+    off = residuals(logged, decided, threshold, answered)
+    promised = decided.p_ok[np.arange(len(logged)), logged.action]
     masks = {model: (logged.action == j) & ~np.isnan(off) for j, model in enumerate(logged.catalog.ids)}
     asked = {model: mask for model, mask in masks.items() if mask.any()}
     judged = sum(mask.sum() >= LEAST_OUTCOMES for mask in asked.values())
@@ -75,18 +79,18 @@ def promise_of(
     logged: Logged,
     decided: Decided,
     threshold: float,
+    answered: BoolArray,
     *,
     confidence: float = 0.95,
     seed: int = 0,
-    fell_back: BoolArray | None = None,
 ) -> PolicyValue:
     """The mean residual of the router's own decisions, off-policy: below 0 it promises more than comes.
 
     What a probability promises matters where the router acts on it, and it acts on the ones that err upwards most often
     (the optimiser's curse), so this is weighted to its own choices, doubly robust. `promise` of a live service is the
-    same number (`training.watch`). `fell_back` as in `residuals`.
+    same number (`training.watch`). `answered` as in `residuals`.
     """
-    off = residuals(logged, decided, threshold, fell_back=fell_back)
+    off = residuals(logged, decided, threshold, answered)
     with_residuals = replace(logged, metrics={**logged.metrics, RESIDUAL: off})
     return evaluate_policy(
         with_residuals, decided.target, metric=RESIDUAL, estimators=("dr",), confidence=confidence, seed=seed

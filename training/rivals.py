@@ -47,19 +47,20 @@ def shuffled(decided: Decided) -> Array:
 def ranked_models(log: pl.DataFrame, catalog: Catalog) -> list[str]:
     """The catalogue's models from the best mean quality to the worst; those with fewer than 30 outcomes are left out.
 
-    A row weighs by 1 / its propensity (1 where that is not known), so that a model which got the hard requests is not
-    taken for a bad one. Give rows on which nothing is judged: the best of them is chosen with luck.
+    A model's mean is that of its answers with a quality, times the share of its calls that did not fail: a failed call
+    is always known of, an answer only with feedback. A row weighs by 1 / its propensity (1 where that is not known), so
+    that a model which got the hard requests is not taken for a bad one. Give rows on which nothing is judged: the best
+    of them is chosen with luck.
     """
-    failed = pl.when(pl.col("status").is_in(FAILURES)).then(0.0)
-    told = log.select(
-        pl.coalesce("fallback_from", "model").alias("model"),
-        pl.coalesce("quality", failed).alias("quality"),
-        weight=1.0 / pl.col("propensity").fill_null(1.0),
-    ).drop_nulls("quality")
-    means = told.group_by("model").agg(
-        mean=(pl.col("quality") * pl.col("weight")).sum() / pl.col("weight").sum(), n=pl.len()
+    weight = 1.0 / pl.col("propensity").fill_null(1.0)
+    failed = (pl.col("quality").is_null() & pl.col("status").is_in(FAILURES)).fill_null(False)
+    told = pl.col("quality").is_not_null()
+    means = log.group_by(pl.coalesce("fallback_from", "model").alias("model")).agg(
+        mean=(pl.col("quality") * weight).sum() / weight.filter(told).sum(),
+        answers=1.0 - weight.filter(failed).sum() / weight.sum(),
+        n=told.sum(),
     )
-    known = {model: mean for model, mean, n in means.iter_rows() if n >= _LEAST_OUTCOMES}
+    known = {model: mean * answers for model, mean, answers, n in means.iter_rows() if n >= _LEAST_OUTCOMES}
     return sorted((model for model in catalog.ids if model in known), key=lambda model: -known[model])
 
 

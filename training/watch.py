@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from router_ml.costs import Reliability
 from router_ml.errors import InputError
 from router_ml.intervals import cluster_sequence
-from training.dataset import FAILURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,21 +109,21 @@ class Watched:
 def watch(
     rows: Iterable[Mapping[str, Any]],
     *,
-    failure: Mapping[str, float] | None = None,
     tolerance: float = 0.03,
     confidence: float = 0.95,
     tightest_at: int = 1000,
 ) -> Watched:
     """Holds outcomes against the promise, from rows as `router_ml.stored.told_decisions` gives them.
 
-    The promise is broken when the upper bound of the mean residual is below -`tolerance`. `failure` is the share of
-    calls without an answer by model, which p_ok leaves out (see `failure_rates`). `tightest_at` is the number of
+    The promise is broken when the upper bound of the mean residual is below -`tolerance`. Only the
+    chosen model's own answers with a quality count: a call that failed or fell back says nothing of how good answers
+    are, and would count always where answers count only with feedback; the service's circuits watch it. `tightest_at` is the number of
     sessions at which the bounds are best; it has to be the same at every look. Raises InputError for numbers out of
     their range.
     """
     if not 0.0 <= tolerance < 1.0 or not 0.0 < confidence < 1.0 or tightest_at < 20:
         raise InputError("a watch needs a tolerance in [0, 1), a confidence in (0, 1) and tightest_at of 20 or more")
-    told = _told(rows, failure or {})
+    told = _told(rows)
     residual = told.ok - told.promise
     last, outcomes, mean, lower, upper = _sequence(residual, told.cluster, confidence, tightest_at)
     asked = sorted(set(told.model))
@@ -144,18 +142,9 @@ def watch(
         n=n, clusters=len(last), decisions=told.decisions, promised=promised, observed=observed, residual=now, low=low,
         high=high, tolerance=tolerance, confidence=confidence, tightest_at=tightest_at, broken=high < -tolerance,
         why=_why(n, len(last), promised, observed, high, tolerance, confidence, found),
-        assumptions=_assumptions(n, told.decisions, tightest_at, failure is not None), models=tuple(found),
+        assumptions=_assumptions(n, told.decisions, tightest_at), models=tuple(found),
         time_us=told.began[last], outcomes=outcomes, mean=mean, lower=lower, upper=upper,
     )  # fmt: skip
-
-
-def failure_rates(manifest: Mapping[str, Any]) -> dict[str, float] | None:
-    """By model, the share of calls without an answer in a bundle's log; None where its manifest does not say."""
-    try:
-        ids = [card["id"] for card in manifest["catalog"]["models"]]
-        return dict(zip(ids, Reliability.from_json(manifest["reliability"]).failure, strict=True))
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class _Told(NamedTuple):
@@ -169,7 +158,7 @@ class _Told(NamedTuple):
     began: IntArray
 
 
-def _told(rows: Iterable[Mapping[str, Any]], failure: Mapping[str, float]) -> _Told:
+def _told(rows: Iterable[Mapping[str, Any]]) -> _Told:
     index: dict[tuple[Any, ...], int] = {}
     began: list[int] = []
     found: list[tuple[int, str, float, float]] = []
@@ -182,15 +171,10 @@ def _told(rows: Iterable[Mapping[str, Any]], failure: Mapping[str, float]) -> _T
         cluster = index.setdefault(unit, len(index))
         if cluster == len(began):
             began.append(int(row["time_us"]))
-        failed = row["quality"] is None and row["status"] in FAILURES
-        threshold, p_ok = row["quality_threshold"], row["p_ok"]
-        if p_ok is None or threshold is None or (row["quality"] is None and not failed):
+        quality, threshold, p_ok = row["quality"], row["quality_threshold"], row["p_ok"]
+        if quality is None or p_ok is None or threshold is None or row["served"] != row["model"]:
             continue
-        # The promise has the calls that fall back among those that fail, so another model's answer keeps none.
-        own = row["served"] == row["model"]
-        ok = float(own and not failed and row["quality"] >= threshold)
-        promise = float(p_ok) * (1.0 - failure.get(row["model"], 0.0))
-        found.append((cluster, row["model"], promise, ok))
+        found.append((cluster, row["model"], float(p_ok), float(quality >= threshold)))
     return _Told(
         decisions,
         np.array([row[0] for row in found], dtype=np.int64),
@@ -230,14 +214,13 @@ def _why(
     return f"{said}: not shown to be more than {tolerance:g} too few"
 
 
-def _assumptions(n: int, decisions: int, tightest_at: int, failures: bool) -> tuple[str, ...]:
-    promised = "promised is p_ok times the share of calls that answer" if failures else "p_ok counts them in"
+def _assumptions(n: int, decisions: int, tightest_at: int) -> tuple[str, ...]:
     return (
-        f"{n:,} of {decisions:,} decisions have an outcome; the promise was learnt under the same feedback, so who "
+        f"{n:,} of {decisions:,} decisions have an answer of the chosen model with a quality; the promise was learnt under the same feedback, so who "
         "gives none is taken to be as likely content as when it was learnt",
         "outcomes of good answers come as soon as those of bad ones",
         "sessions are independent of each other, and a request without one is a session of its own",
-        "a call that failed for good is not acceptable, nor is one that fell back, whatever was answered; " + promised,
+        "calls that failed or fell back are left out: the circuits of the service watch these",
         "the bounds are asymptotic: they hold at all looks at once from some tens of sessions on, and are best at "
         f"{tightest_at:,}",
         "the mean is over all outcomes since the version became champion, so a late drop shows the later",
