@@ -115,9 +115,9 @@ def watch(
 ) -> Watched:
     """Holds outcomes against the promise, from rows as `router_ml.stored.told_decisions` gives them.
 
-    The promise is broken when the upper bound of the mean residual is below -`tolerance`. Only the
-    chosen model's own answers with a quality count: a call that failed or fell back says nothing of how good answers
-    are, and would count always where answers count only with feedback; the service's circuits watch it. `tightest_at` is the number of
+    The promise is broken when the upper bound of the mean residual is below -`tolerance`. Only the chosen model's own
+    answers with a quality count: a call that failed or fell back says nothing of how good answers are, and would count
+    always where answers count only with feedback; the service's circuits watch it. `tightest_at` is the number of
     sessions at which the bounds are best; it has to be the same at every look. Raises InputError for numbers out of
     their range.
     """
@@ -216,8 +216,8 @@ def _why(
 
 def _assumptions(n: int, decisions: int, tightest_at: int) -> tuple[str, ...]:
     return (
-        f"{n:,} of {decisions:,} decisions have an answer of the chosen model with a quality; the promise was learnt under the same feedback, so who "
-        "gives none is taken to be as likely content as when it was learnt",
+        f"{n:,} of {decisions:,} decisions have an answer of the chosen model with a quality; the promise was learnt "
+        "under the same feedback, so who gives none is taken to be as likely content as when it was learnt",
         "outcomes of good answers come as soon as those of bad ones",
         "sessions are independent of each other, and a request without one is a session of its own",
         "calls that failed or fell back are left out: the circuits of the service watch these",
