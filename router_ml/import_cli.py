@@ -91,6 +91,74 @@ def import_litellm(
     _import("litellm", source, settings, **common)
 
 
+@import_.command("langfuse")
+@click.argument("source")
+@click.option("--model-key", help="The key of metadata with the router's model id; otherwise the provided model name.")
+@click.option("--tenant-key", help="The key of metadata with the tenant; otherwise the user.")
+@click.option(
+    "--task-column", type=click.Choice(["name", "trace_name", "prompt_name"]), help="Otherwise the task's tag."
+)
+@click.option("--task-tag", default="task:", show_default=True, help="How a trace's tag with its task begins.")
+@click.option("--latency-unit", type=click.Choice(["s", "ms"]), default="s", show_default=True,
+              help="Of the column latency, which is used where a call has no end: ms before 2026-04-01.")  # fmt: skip
+@_with(*_COMMON)
+def import_langfuse(source: str, **options: Any) -> None:
+    """Read Langfuse's export: SOURCE is a file of observations_v2 or scores, or the project's folder with both.
+
+    Example: router-ml import langfuse export --rule "*:helpfulness=score" --out logs
+    """
+    names = ("model_key", "tenant_key", "task_column", "task_tag", "latency_unit")
+    _import("langfuse", source, {name: options.pop(name) for name in names}, **options)
+
+
+@import_.command("otel")
+@click.argument("source")
+@click.option("--model", type=click.Choice(["request", "response"]), default="request", show_default=True,
+              help="The model's name that was asked for, or the one that answered.")  # fmt: skip
+@click.option("--tenant-attribute", default="enduser.id", show_default=True, help="Of the span, or of its resource.")
+@click.option("--task-attribute", help="Of the span, or of its resource.")
+@_with(*_COMMON)
+def import_otel(source: str, **options: Any) -> None:
+    """Read OpenTelemetry's GenAI spans and evaluations: SOURCE is OTLP as JSON lines, or a folder of such files.
+
+    Example: router-ml import otel traces.jsonl --rule "Relevance=score,min=1,max=5" --out logs
+    """
+    names = ("model", "tenant_attribute", "task_attribute")
+    _import("otel", source, {name: options.pop(name) for name in names}, **options)
+
+
+@import_.command("portkey")
+@click.argument("source")
+@click.option("--session-key", default="session_id", show_default=True, help="The key of metadata with the session.")
+@click.option("--tenant-key", default="_user", show_default=True, help="The key of metadata with the tenant.")
+@click.option("--task-key", default="task", show_default=True, help="The key of metadata with the task.")
+@_with(*_COMMON)
+def import_portkey(source: str, **options: Any) -> None:
+    """Read Portkey's logs export and feedback: SOURCE is a file of JSON lines, or a folder of them.
+
+    Example: router-ml import portkey logs.jsonl --rule "feedback=score,min=-10,max=10" --out logs
+    """
+    names = ("session_key", "tenant_key", "task_key")
+    _import("portkey", source, {name: options.pop(name) for name in names}, **options)
+
+
+@import_.command("helicone")
+@click.argument("source")
+@click.option("--model", type=click.Choice(["request_model", "model", "response_model"]), default="request_model",
+              show_default=True, help="The column with the router's model ids.")  # fmt: skip
+@click.option("--session-key", default="Helicone-Session-Id", show_default=True, help="The property with the session.")
+@click.option("--tenant-key", help="The property with the tenant; otherwise the user.")
+@click.option("--task-key", default="task", show_default=True, help="The property with the task.")
+@_with(*_COMMON)
+def import_helicone(source: str, **options: Any) -> None:
+    """Read Helicone's requests: SOURCE is a file (JSON lines, CSV, Parquet), or a folder of them.
+
+    Example: router-ml import helicone requests.jsonl --rule "accuracy=score,max=100" --out logs
+    """
+    names = ("model", "session_key", "tenant_key", "task_key")
+    _import("helicone", source, {name: options.pop(name) for name in names}, **options)
+
+
 @import_.command("table")
 @click.argument("source")
 @click.option("--column", "columns", multiple=True, help="LOG_COLUMN=COLUMN of the file, where they differ.")

@@ -259,9 +259,21 @@ def _pick(raw: pl.DataFrame, names: list[str]) -> pl.DataFrame:
             columns.append(pl.lit(None, pl.String).alias(name))
         elif isinstance(dtype, pl.Struct):
             columns.append(pl.when(pl.col(name).is_not_null()).then(pl.col(name).struct.json_encode()).alias(name))
+        elif isinstance(dtype, pl.List) and _is_map(dtype.inner):
+            key, value = (_as_json(pl.element().struct.field(name)) for name in ("key", "value"))
+            pairs = pl.col(name).list.eval(key + pl.lit(":") + value).list.join(",")
+            columns.append((pl.lit("{") + pairs + pl.lit("}")).alias(name))
         elif isinstance(dtype, pl.List | pl.Array):
-            inside = pl.struct(pl.col(name).alias("v")).struct.json_encode().str.slice(5).str.head(-1)
-            columns.append(pl.when(pl.col(name).is_not_null()).then(inside).alias(name))
+            columns.append(pl.when(pl.col(name).is_not_null()).then(_as_json(pl.col(name))).alias(name))
         else:
             columns.append(pl.col(name))
     return raw.select(columns) if columns else pl.DataFrame({}, height=raw.height)
+
+
+def _is_map(dtype: object) -> bool:
+    """Whether a list's items are pairs: what polars makes of Parquet's maps."""
+    return isinstance(dtype, pl.Struct) and [field.name for field in dtype.fields] == ["key", "value"]
+
+
+def _as_json(value: pl.Expr) -> pl.Expr:
+    return pl.struct(value.alias("v")).struct.json_encode().str.slice(5).str.head(-1)

@@ -30,6 +30,10 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "litellm": Kind("litellm", "LiteLLM_SpendLogs: a Postgres URL, or a CSV, JSONL or Parquet export"),
+    "langfuse": Kind("langfuse", "Langfuse's export, observations and scores: a file or a folder", updates=True),
+    "otel": Kind("otel", "OpenTelemetry's GenAI spans and evaluations: OTLP as JSON lines"),
+    "portkey": Kind("portkey", "Portkey's logs export and feedback: JSON lines"),
+    "helicone": Kind("helicone", "Helicone's requests: JSON lines, CSV or Parquet", updates=True),
     "table": Kind("table", "a CSV, JSONL or Parquet file with a map of its columns"),
     "store": Kind("store", "the service's own store: an SQLite file or an SQLAlchemy URL", updates=True),
 }

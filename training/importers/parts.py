@@ -73,7 +73,12 @@ class PartWriter:
 
     def _take(self, frame: pl.DataFrame, raw: Raw) -> None:
         ids = convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0]
-        known = already_in(ids, self._before, one_a_request=self.updates)
+        if self.updates:
+            # What is said again later holds: a call that ended meanwhile, in another file of the same export.
+            last = ids["request_id"].is_null() | ids["request_id"].is_last_distinct()
+            self._done.known += int((~last).sum())
+            frame, ids = frame.filter(last), ids.filter(last)
+        known = already_in(ids, self._ids if self.updates else self._before, one_a_request=self.updates)
         self._done.known += int(known.sum())
         new = self._valid(frame.filter(~known), raw, self._ids)
         self._done.added += new.height

@@ -62,7 +62,7 @@ def keys_of(column: pl.Series, keys: Sequence[str]) -> pl.DataFrame:
             return found
     except pl.exceptions.PolarsError:
         pass
-    return text.to_frame("o").select(pl.col("o").str.json_path_match(f"$.{key}").alias(key) for key in keys)
+    return text.to_frame("o").select(pl.col("o").str.json_path_match(f'$["{key}"]').alias(key) for key in keys)
 
 
 def moment(column: str, unit: str | None = None) -> pl.Expr:
