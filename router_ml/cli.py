@@ -14,6 +14,7 @@ from router_ml import __version__
 from router_ml.audit_cli import audit
 from router_ml.catalog_cli import catalog
 from router_ml.cost_cli import selfhost, usage
+from router_ml.doctor_cli import doctor
 from router_ml.evaluate_cli import evaluate, promote
 from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
@@ -44,7 +45,7 @@ def _logging(default: str) -> Callable[[Any], Any]:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="router-ml")
 def main() -> None:
-    """Learn from logged outcomes which model is the cheapest that is likely good enough, and serve the decision."""
+    """Learn from outcomes which model is the cheapest likely good enough; serve it."""
 
 
 @main.command()
@@ -247,7 +248,7 @@ main.add_command(audit)
 main.add_command(import_)
 main.add_command(catalog)
 main.add_command(serve)
-for command in (tune, compare, explore, evaluate, promote, rollback, watch, history, selfhost, usage):
+for command in (doctor, tune, compare, explore, evaluate, promote, rollback, watch, history, selfhost, usage):
     main.add_command(command)
 
 

@@ -99,7 +99,7 @@ def tune(
             "settings": [_plain(row) for row in found.to_frame().iter_rows(named=True)],
         },
     )  # fmt: skip
-    _draw(plot, found.plot)
+    draw(plot, found.plot)
     sys.exit(0 if at is not None else 1)
 
 
@@ -159,7 +159,7 @@ def compare(
             "experiment": None if found.experiment is None else _plain(found.experiment.to_frame().to_dicts()[0]),
         },
     )  # fmt: skip
-    _draw(plot, found.plot)
+    draw(plot, found.plot)
 
 
 @click.command()
@@ -218,7 +218,7 @@ def explore(
             changed = write_policy(made.rule, out, base=policy, catalog=cards)
             click.echo(f"written to {out}, policy version {changed.version}; take the entry out again when it is done")
     write_json(json_path, written)
-    _draw(plot, drawing)
+    draw(plot, drawing)
 
 
 def _cards(logs: Path | None, catalog: Path | None) -> Catalog:
@@ -237,7 +237,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
-def log_rows(logs: Path | None, store: str | None) -> pl.DataFrame:
+def log_rows(logs: Path | str | None, store: str | None) -> pl.DataFrame:
     """All rows of a log, or of a store. Raises InputError unless exactly one of them is given.
 
     Those before a `--since`, too: by them `held_out` knows what is old, and it takes the later ones.
@@ -278,7 +278,8 @@ def write_json(path: Path | None, found: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def _draw(path: Path | None, plot: Any) -> None:
+def draw(path: Path | None, plot: Any) -> None:
+    """The figure that `plot` makes, where a path is given."""
     if path is None:
         return
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
