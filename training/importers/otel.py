@@ -127,9 +127,13 @@ def _attributes(frame: pl.DataFrame, names: tuple[str, ...], column: str = "attr
                 value=pl.coalesce(value.struct.field(field) for field in fields))
         .filter(pl.col("key").is_in(list(names)))
     )  # fmt: skip
-    firsts = [pl.col("value").filter(pl.col("key") == name).first().alias(name) for name in names]
-    found = long.group_by("_n").agg(firsts)
-    return frame.select("_n").join(found, on="_n", how="left", maintain_order="left").drop("_n")
+    # A join for each name: as many aggregates that filter took far longer.
+    parts = {str(key): part.select("_n", "value") for (key,), part in long.partition_by("key", as_dict=True).items()}
+    found = frame.select("_n")
+    for name in names:
+        part = parts.get(name, long.select("_n", "value").clear()).unique("_n", keep="first", maintain_order=True)
+        found = found.join(part.rename({"value": name}), on="_n", how="left", maintain_order="left")
+    return found.drop("_n")
 
 
 def _spans(
