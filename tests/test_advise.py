@@ -1,4 +1,4 @@
-"""Advice on planted traffic: what is truly as good and cheaper is found, what may not or need not move is left alone."""
+"""Advice on planted traffic: what is truly as good and cheaper is found, what may not move is left alone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from router_ml.catalog import Catalog
 from router_ml.cli import main
 from router_ml.errors import InputError
 from router_ml.logs import LOG_SCHEMA, read_log, write_log
+from router_ml.policy import Rule
 from router_ml.selfhost import Deployment
 from router_ml.traffic_shape import MONTH_HOURS
 from router_ml.types import ModelCard
@@ -43,7 +44,7 @@ HOSTING = Deployment(
 )  # fmt: skip
 DAYS, SCALE = 28, 100.0
 START = datetime(2025, 1, 6, tzinfo=UTC)
-_TOPICS = "parcel invoice garden planet recipe violin tunnel forest camera bridge".split()
+_TOPICS = ["parcel", "invoice", "garden", "planet", "recipe", "violin", "tunnel", "forest", "camera", "bridge"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,7 @@ def planted(kinds: tuple[Kind, ...] = KINDS, seed: int = 5) -> pl.DataFrame:
             )
         )  # fmt: skip
     frame = pl.concat(frames).sort("time")
-    known = [
-        pl.col(c).cast(t) if c in frame.columns else pl.lit(None, t).alias(c) for c, t in LOG_SCHEMA.items()
-    ]
+    known = [pl.col(c).cast(t) if c in frame.columns else pl.lit(None, t).alias(c) for c, t in LOG_SCHEMA.items()]
     return frame.select(known)
 
 
@@ -128,6 +127,7 @@ def test_planted_traffic_comes_apart_by_its_columns(found: Advice) -> None:
 def test_narrow_traffic_that_a_cheap_model_does_as_well_is_a_rule_and_the_saving_holds_the_truth(found: Advice) -> None:
     tags = of(found, "tag")
     assert tags.verdict == "rule" and tags.best is not None and tags.best.model == "small"
+    assert tags.rule == Rule("small", "tag", "shop")
     each = [kind_usd(TAGS, model) for model in MODELS.ids]
     month = TAGS.rows * SCALE * MONTH_HOURS / (DAYS * 24)
     assert tags.segment.requests_per_month == pytest.approx(month, rel=0.01)
@@ -185,7 +185,9 @@ def test_a_log_whose_models_were_not_drawn_gives_a_price_and_no_number() -> None
         assert all(o.quality is None and o.saving_usd is None for o in one.options if o.model != "big")
         plan = small.experiment
         assert plan is not None and plan.requests > 1000 and plan.b.model == "big"
-        assert plan.cost_usd == pytest.approx(plan.requests * (kind_usd(TAGS, "small") + kind_usd(TAGS, "big")) / 2, rel=0.02)
+        assert plan.cost_usd == pytest.approx(
+            plan.requests * (kind_usd(TAGS, "small") + kind_usd(TAGS, "big")) / 2, rel=0.02
+        )
         assert f"{plan.requests:,} requests" in small.why and "USD" in small.why
 
 
@@ -274,7 +276,20 @@ def test_clusters_of_untagged_traffic_are_its_families_whatever_the_seed(simulat
             label[one.rows] = at
         labels.append(label)
     assert adjusted_rand_score(*labels) > 0.9
-    assert adjusted_rand_score(labels[0][first] == labels[0][first][family[first] == "legal"][0], family[first] == "legal") > 0.8
+    assert (
+        adjusted_rand_score(labels[0][first] == labels[0][first][family[first] == "legal"][0], family[first] == "legal")
+        > 0.8
+    )
+
+
+def test_a_segment_is_declared_where_a_rule_matches_it_and_nothing_else() -> None:
+    tenants = [Kind(tenant, "tag", rows, TAGS.p) for tenant, rows in (("a", 400), ("b", 150), ("c", 150))]
+    log = planted((*tenants, Kind("a", "sort", 400, TAGS.p)))
+    log = log.with_columns(task=pl.when(pl.col("task") == "tag").then("task"))
+    made = segments_of(log, None)
+    assert [(one.task, one.tenant, one.declared, len(one)) for one in made] == [
+        (None, "a", False, 400), ("tag", "a", True, 400), ("tag", None, False, 300),
+    ]  # fmt: skip
 
 
 def test_without_prompts_the_columns_make_the_segments() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
+from router_ml.policy import Rule
 from router_ml.selfhost import Against, Hosting
 from training.experiment import Experiment
 from training.policy_value import Estimate
@@ -109,6 +110,13 @@ class Advised:
         return "no other model is shown, or likely by its price, to be good enough for less"
 
     @property
+    def rule(self) -> Rule | None:
+        """The policy's rule that pins it, where the case is one."""
+        if self.verdict != "rule" or self.best is None:
+            return None
+        return Rule(self.best.model, self.segment.task, self.segment.tenant)
+
+    @property
     def keeps(self) -> tuple[str, ...]:
         """What keeps the segment from each model that may save more than what is advised, dearest hope first."""
         least = 0.0 if self.best is None else self.best.hoped_usd
@@ -136,7 +144,7 @@ class Advice:
 
     def to_frame(self) -> pl.DataFrame:
         """A row a segment; money is USD a month, null where not identified."""
-        schema = {name: pl.String for name in _TEXTS} | {name: pl.Float64 for name in _NUMBERS}
+        schema: dict[str, Any] = dict.fromkeys(_TEXTS, pl.String) | dict.fromkeys(_NUMBERS, pl.Float64)
         return pl.DataFrame([_row(one) for one in self.segments], schema=schema)
 
     def options_frame(self) -> pl.DataFrame:
@@ -169,6 +177,7 @@ class Advice:
             "segments": [
                 _row(one)
                 | {"also": list(one.also), "keeps": list(one.keeps), "mix": dict(one.mix)}
+                | {"rule": None if one.rule is None else asdict(one.rule)}
                 | {"options": options[one.segment.name,].drop("segment").to_dicts()}
                 for one in self.segments
             ],

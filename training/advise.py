@@ -75,8 +75,8 @@ def advise(
     route); "rule" (one model is shown to do, and task and tenant say which narrow traffic is meant) and "cheaper
     route" (the same, where no rule can say it, or where the traffic is mixed, so that a router may do better still);
     "fine-tune" (narrow, repetitive, at least 10,000 requests a month, and an open model within 0.1 of the needed
-    quality); "explore" (a model that may save more is not known well enough: its experiment has requests and price);
-    else "keep".
+    quality; the tuning's own price is not known here); "explore" (a model that may save more is not known well enough:
+    its experiment has requests and price, sized for a test of its own as `plan_experiment` does); else "keep".
 
     `data_classes` and `regions` as in `barred.bars_of`, `scale` as in `segments_of`, `cluster` as in `logged_of`.
     Raises InputError as these do, for impossible options, and for a `hosted` model that the catalogue has not.
@@ -86,9 +86,7 @@ def advise(
     if not 0.5 <= confidence < 1.0 or not 0.0 < scale < math.inf:
         raise InputError("confidence has to lie in [0.5, 1), and scale above 0")
     if (deployment is None) != (hosted is None) or (hosted is not None and hosted not in catalog):
-        raise InputError(
-            f"a deployment needs the model that it serves, one of the catalogue: {', '.join(catalog.ids)}"
-        )
+        raise InputError(f"a deployment needs the model that it serves, one of the catalogue: {', '.join(catalog.ids)}")
     rows = one_row_a_request(log).with_columns(cost_column(catalog))
     notes = []
     known = pl.coalesce("fallback_from", "model").is_in(catalog.ids)
@@ -248,10 +246,10 @@ def _option(
 ) -> Option:  # fmt: skip
     card, a_month = look.catalog.cards[j], look.segment.requests_per_month
     may, moved = float(look.may[:, j].mean()), float(look.moved[:, j].mean())
-    cost = [c for c in look.rows["cost_usd"].to_numpy()[look.may[:, j]] if c is not None and not np.isnan(c)]
     tokens = look.segment.input_tokens, look.segment.output_tokens
     own = 1e-6 * (tokens[0] * card.input_usd_per_mtok + tokens[1] * card.output_usd_per_mtok)
-    priced = (float(np.mean(cost)) - own) * may * a_month if cost and not math.isnan(own) else 0.0
+    now = look.rows.filter(pl.Series(look.may[:, j]))["cost_usd"].mean()
+    priced = (float(now) - own) * may * a_month if isinstance(now, float) and not math.isnan(own) else 0.0
     quality, change = found.get(("quality", j)), found.get(("quality change", j))
     costs, gain = found.get(("cost_usd", j)), found.get(("cost_usd change", j))
     saving = None if gain is None else _times(Estimate(-gain.value, -gain.high, -gain.low, gain.se), a_month)
@@ -316,9 +314,7 @@ def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Opt
         apart = max(apart, abs(option.quality.value - needs.min_quality))
     rows = look.rows.filter(pl.Series(look.may[:, look.catalog.index[option.model]]))
     try:
-        plan = plan_experiment(
-            rows, look.catalog, option.model, rival, effect=apart, confidence=needs.confidence
-        )
+        plan = plan_experiment(rows, look.catalog, option.model, rival, effect=apart, confidence=needs.confidence)
     except InputError as error:
         return replace(option, why=f"{option.why}; {error}")
     if not plan.requests:

@@ -64,8 +64,8 @@ class Bars:
             common = frozenset.intersection(*(getattr(other, field) for other in others)) if others else frozenset()
             lacks = common - getattr(card, field)
             if lacks and not (field == "regions" and common & card.regions):
-                what = {"regions": "are in", "data_classes": "are cleared for"}.get(field, "have")
-                return name, f"{share} all that their candidates list {what} {', '.join(sorted(lacks))}, and it is not"
+                what = {"regions": "in", "data_classes": "cleared for"}.get(field, "able to do")
+                return name, f"{share} it is not {what} {', '.join(sorted(lacks))}, as all of their candidates are"
         return "allow-list", f"{share} it is not among their candidates"
 
 

@@ -6,6 +6,7 @@ No outcome enters a segment, so what is estimated of it afterwards is not select
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Texts:
 class Segment:
     """Requests of one kind: `rows` are their positions in the log, `task` and `tenant` what all of them declare.
 
-    `terms` tell a cluster from the others under the same columns; empty where the columns alone make the segment.
+    `declared`: a policy's rule on these matches just these requests. `terms` tell a cluster from the others under the
+    same columns; empty where the columns alone make the segment.
     `similarity` is the mean cosine of two of its prompts, `near_duplicates` the share of prompts that have a neighbour
     of cosine 0.9 or more among 1,500 others of the segment, `template_share` the share whose first five words (digits
     masked) open at least a twentieth of its prompts; all None without prompts. `peak_to_mean` is the busiest hour's
@@ -64,6 +66,7 @@ class Segment:
     task: str | None
     tenant: str | None
     terms: tuple[str, ...]
+    declared: bool
     rows: IntArray
     requests_per_month: float
     input_tokens: float
@@ -94,11 +97,6 @@ class Segment:
         """Whether a machine for its busiest hour is worth having in most of the others."""
         return self.peak_to_mean <= 3.0 and self.idle <= 0.25
 
-    @property
-    def declared(self) -> bool:
-        """Whether a policy's rule can name it by its columns."""
-        return not self.terms and (self.task is not None or self.tenant is not None)
-
 
 def texts_of(log: pl.DataFrame, *, seed: int = 0) -> Texts | None:
     """Embeddings of the log's prompts by their own words (`lexical_encoder`, fitted on 20,000), None without prompts.
@@ -107,8 +105,9 @@ def texts_of(log: pl.DataFrame, *, seed: int = 0) -> Texts | None:
     """
     if not log.select((pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()).any()).item():
         return None
-    said = [
-        words(request_text(request_of_log_row(*row))) for row in log.select("prompt", "messages", "tools").iter_rows()
+    said = [  # interned, or each word of each prompt would take 50 bytes
+        list(map(sys.intern, words(request_text(request_of_log_row(*row)))))
+        for row in log.select("prompt", "messages", "tools").iter_rows()
     ]
     rng = np.random.default_rng(seed)
     at = np.arange(len(said)) if len(said) <= _TEXTS else np.sort(rng.choice(len(said), _TEXTS, replace=False))
@@ -244,14 +243,19 @@ def _segment(
     means = [float(mean) if isinstance(mean := column.mean(), float) else float("nan") for column in tokens]
     traffic = None
     if hours.count >= 24 and all(mean == mean for mean in means) and sum(means) > 0.0:
-        filled = [column.fill_null(mean).to_numpy() for column, mean in zip(tokens, means, strict=True)]
-        series = [np.bincount(hours.of[rows], each, hours.count) * scale for each in filled]
+        filled = [
+            np.asarray(column.fill_null(mean).to_numpy(), dtype=np.float64)
+            for column, mean in zip(tokens, means, strict=True)
+        ]
+        series: list[Array] = [np.bincount(hours.of[rows], each, hours.count) * scale for each in filled]
         traffic = Traffic(series[0], series[1], note=f"{len(rows):,} requests in {hours.count} hours")
     peak, idle = _profile(hours, rows)
     similarity, near, template = (None, None, None) if texts is None else _narrowness(texts, rows, seed)
     turns = own.select((pl.col("messages").str.count_matches('"role": ?"user"', literal=False) > 1).mean()).item()
+    rule = [pl.col(column) == said for column, said in (("task", task), ("tenant", tenant)) if said is not None]
+    declared = bool(rule) and log.select(pl.all_horizontal(rule).sum()).item() == len(rows)
     return Segment(
-        name, task, tenant, terms, rows, len(rows) * scale * a_month, means[0], means[1],
+        name, task, tenant, terms, declared, rows, len(rows) * scale * a_month, means[0], means[1],
         float(turns * own["messages"].is_not_null().mean()) if turns is not None else 0.0,
         similarity, near, template, peak, idle, traffic,
     )  # fmt: skip
