@@ -243,12 +243,10 @@ def _segment(
     means = [float(mean) if isinstance(mean := column.mean(), float) else float("nan") for column in tokens]
     traffic = None
     if hours.count >= 24 and all(mean == mean for mean in means) and sum(means) > 0.0:
-        filled = [
-            np.asarray(column.fill_null(mean).to_numpy(), dtype=np.float64)
-            for column, mean in zip(tokens, means, strict=True)
-        ]
-        series: list[Array] = [np.bincount(hours.of[rows], each, hours.count) * scale for each in filled]
-        traffic = Traffic(series[0], series[1], note=f"{len(rows):,} requests in {hours.count} hours")
+        filled = [column.fill_null(mean).to_numpy() for column, mean in zip(tokens, means, strict=True)]
+        sums = np.stack([np.bincount(hours.of[rows], each, hours.count) for each in filled])
+        into, out = np.asarray(sums, dtype=np.float64) * scale
+        traffic = Traffic(into, out, note=f"{len(rows):,} requests in {hours.count} hours")
     peak, idle = _profile(hours, rows)
     similarity, near, template = (None, None, None) if texts is None else _narrowness(texts, rows, seed)
     turns = own.select((pl.col("messages").str.count_matches('"role": ?"user"', literal=False) > 1).mean()).item()
