@@ -57,12 +57,16 @@ class Option:
 class SelfHosted:
     """The segment's requests that may go to `model` on a deployment of its own, sized for the segment's hours.
 
-    `against` is the route that it would replace; `pays` where the deployment costs less than the lower bound of that.
+    It would replace `route`, the best other option, or today's mix (None): `saving_usd` is the difference a month, and
+    it `pays` where its lower bound is above 0 and the model is good enough. `against` has the break-even with that
+    option's card, or that of the model which most is spent on today.
     """
 
     model: str
     hosting: Hosting
     against: Against
+    route: str | None
+    saving_usd: Estimate | None
     pays: bool
 
 
@@ -92,11 +96,9 @@ class Advised:
     def why(self) -> str:
         """The verdict in a sentence."""
         if self.verdict == "self-host" and self.hosted is not None:
-            usd = self.hosted.hosting.usd_per_month
-            return (
-                f"host {self.hosted.model}: {usd:,.2f} USD a month against {self.hosted.against.usd_per_month:,.2f} of "
-                f"{self.hosted.against.model}"
-            )
+            usd, saving = self.hosted.hosting.usd_per_month, self.hosted.saving_usd
+            less = "" if saving is None else f", {_money(saving)} less than {self.hosted.route or 'today'}"
+            return f"host {self.hosted.model}: {usd:,.2f} USD a month{less}"
         if self.best is not None and self.best.saving_usd is not None:
             how = "pin it with a rule" if self.verdict == "rule" else "let the router send these there"
             return f"{self.best.model} is good enough ({how}): saves {_money(self.best.saving_usd)} USD a month"
@@ -107,7 +109,7 @@ class Advised:
             )
         if self.verdict == "explore" and self.explored is not None:
             return f"{self.explored.model}: {self.explored.why}"
-        return "no other model is shown, or likely by its price, to be good enough for less"
+        return "no cheaper model is shown, or seems, to be good enough"
 
     @property
     def rule(self) -> Rule | None:
@@ -127,8 +129,8 @@ class Advised:
             even = "at no volume" if at.break_even_mtok is None else f"from {at.break_even_mtok:,.4g} Mtok a month on"
             shape = "" if self.segment.steady else f", and it is bursty (peak {self.segment.peak_to_mean:.1f} x mean)"
             said.append(
-                f"self-hosting {of.model}: {of.hosting.usd_per_month:,.2f} USD a month; pays {even}, and the segment "
-                f"has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
+                f"self-hosting {of.model}: {of.hosting.usd_per_month:,.2f} USD a month; pays {even} against {at.model}, "
+                f"and the segment has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
             )
         return tuple(said)
 
@@ -213,9 +215,10 @@ class Advice:
         for row, one in enumerate(self.segments):
             spend = 0.0 if one.spend_usd is None else one.spend_usd.value
             axes.barh(row - 0.2, spend, 0.35, color="C7", label="spend today" if row == 0 else None)
-            if one.best is not None and (saving := one.best.saving_usd) is not None:
-                axes.barh(row + 0.2, saving.value, 0.35, color="C2")
-                axes.plot([saving.low, saving.high], [row + 0.2, row + 0.2], color="black")
+            found = _row(one)
+            if found["saving_usd"] is not None:
+                axes.barh(row + 0.2, found["saving_usd"], 0.35, color="C2")
+                axes.plot([found["saving_usd_low"], found["saving_usd_high"]], [row + 0.2, row + 0.2], color="black")
         names = [f"{one.segment.name} ({one.verdict})" for one in self.segments]
         axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.invert_yaxis()
@@ -243,7 +246,8 @@ def _row(one: Advised) -> dict[str, Any]:
     row |= {name: getattr(of, name) for name in ("input_tokens", "output_tokens", "similarity", "near_duplicates")}
     row |= {name: getattr(of, name) for name in ("template_share", "multi_turn", "peak_to_mean", "idle")}
     row |= _spread("spend_usd", one.spend_usd) | _spread("quality", one.quality)
-    row |= _spread("saving_usd", None if one.best is None else one.best.saving_usd)
+    of_best = None if one.best is None else one.best.saving_usd
+    row |= _spread("saving_usd", hosted.saving_usd if one.verdict == "self-host" and hosted else of_best)
     row |= {
         "segment": of.name,
         "verdict": one.verdict,

@@ -205,17 +205,18 @@ def _advised(look: _Look, found: dict[tuple[str, int], Estimate], needs: _Needs)
     counts = np.bincount(look.logged.action, minlength=len(look.catalog))
     order = np.argsort(-counts, kind="stable")
     mix = {look.catalog.ids[j]: float(counts[j] / len(segment)) for j in order if counts[j]}
-    main = look.catalog.ids[order[0]]
+    paid = np.bincount(look.logged.action, np.nan_to_num(look.logged.metrics["cost_usd"]), len(look.catalog))
+    dearest = [look.catalog.ids[j] for j in np.lexsort((-counts, -paid)) if counts[j]]
     options = tuple(_option(look, found, j, spend, needed, needs) for j in range(len(look.catalog)))
     mine = [o for o in options if o.model != needs.hosted]
     shown = [o for o in mine if o.status == "adequate" and o.saving_usd is not None and o.saving_usd.low > 0.0]
     best = max(shown, key=lambda o: o.hoped_usd, default=None)
     more = [o for o in options if o.hoped_usd > (0.0 if best is None else best.hoped_usd)]
     tuned = _tuned(look, more, needed)
-    options = tuple(_priced(look, o, list(mix), needs) if o in more else o for o in options)
+    options = tuple(_priced(look, o, dearest, needs) if o in more else o for o in options)
     asked = [o for o in options if o.experiment is not None and o.experiment.requests > 0]
     explored = max(asked, key=lambda o: o.hoped_usd, default=None)
-    hosted = _hosted(look, options, best, main, spend, needs)
+    hosted = _hosted(look, options, best, dearest[0], spend, needs)
     cases = _cases(segment, best, tuned, explored, hosted)
     classes = look.bars.data_class.gather(segment.rows).unique().to_list()
     sensitivity = None if classes == [None] else cast("str", classes[0]) if len(classes) == 1 else "mixed"
@@ -304,7 +305,7 @@ def _tuned(look: _Look, more: list[Option], needed: float | None) -> Option | No
 def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Option:
     """The option with what it takes to know whether it is good enough, where that is what it lacks.
 
-    It is drawn against the model that serves most of the segment today.
+    It is drawn against the model that most of the segment's spend goes to today.
     """
     rival = next((model for model in today if model != option.model), None)
     if option.keeps != "missing evidence" or rival is None:
@@ -340,4 +341,8 @@ def _hosted(
     route = spend if best is None else best.spend_usd
     other = look.catalog[main if best is None else best.model]
     pays = own.status == "adequate" and route is not None and hosting.usd_per_month < route.low * own.may
-    return SelfHosted(own.model, hosting, against(hosting, other), pays)
+    saving = None if route is None else _times(route, own.may)
+    if saving is not None:  # what the deployment costs is certain, given the traffic
+        usd = hosting.usd_per_month
+        saving = Estimate(saving.value - usd, saving.low - usd, saving.high - usd, saving.se)
+    return SelfHosted(own.model, hosting, against(hosting, other), None if best is None else best.model, saving, pays)
