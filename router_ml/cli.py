@@ -45,7 +45,7 @@ def _logging(default: str) -> Callable[[Any], Any]:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="router-ml")
 def main() -> None:
-    """Learn from logged outcomes which model is the cheapest that is likely good enough, and serve the decision."""
+    """Learn from a log which model is the cheapest likely good enough; serve it."""
 
 
 @main.command()

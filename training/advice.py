@@ -129,8 +129,8 @@ class Advised:
             even = "at no volume" if at.break_even_mtok is None else f"from {at.break_even_mtok:,.4g} Mtok a month on"
             shape = "" if self.segment.steady else f", and it is bursty (peak {self.segment.peak_to_mean:.1f} x mean)"
             said.append(
-                f"self-hosting {of.model}: {of.hosting.usd_per_month:,.2f} USD a month; pays {even} against {at.model}, "
-                f"and the segment has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
+                f"self-hosting {of.model}: {of.hosting.usd_per_month:,.2f} USD a month; pays {even} against "
+                f"{at.model}, and the segment has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
             )
         return tuple(said)
 
