@@ -150,6 +150,7 @@ def test_sensitive_traffic_is_not_sent_where_it_may_not_go(found: Advice) -> Non
     small = next(o for o in secret.options if o.model == "small")
     assert small.keeps == "residency" and "confidential" in small.why and small.saving_usd is None
     assert secret.best is None and secret.verdict == "keep"
+    assert any(line.startswith("small: residency") for line in secret.keeps)
     free = advise(planted((SECRET,)), MODELS, margin=0.05)
     assert free.segments[0].best is not None and free.segments[0].best.model == "small"
 

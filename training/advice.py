@@ -30,7 +30,8 @@ class Option:
     does not identify it; "barred", fewer than half of the requests may go to it. `may` is that share, `moved` the share
     whose model was drawn, too: the estimates are of the segment with these moved. `quality` a request, `change` of it
     against today, `spend_usd` and `saving_usd` a month; None where the log does not identify them.
-    `priced_saving_usd` is no estimate: it is what the card's prices come to for today's tokens of those that may go.
+    `priced_saving_usd` is no estimate: it is what the card's prices come to for today's tokens of those that may go, or
+    of all where it is barred.
     `keeps` is what keeps the segment from going there, and `why` says it; `experiment` is what settling it takes.
     """
 

@@ -249,8 +249,9 @@ def _option(
     may, moved = float(look.may[:, j].mean()), float(look.moved[:, j].mean())
     tokens = look.segment.input_tokens, look.segment.output_tokens
     own = 1e-6 * (tokens[0] * card.input_usd_per_mtok + tokens[1] * card.output_usd_per_mtok)
-    now = look.rows.filter(pl.Series(look.may[:, j]))["cost_usd"].mean()
-    priced = (float(now) - own) * may * a_month if isinstance(now, float) and not math.isnan(own) else 0.0
+    those = look.rows if may < 0.5 else look.rows.filter(pl.Series(look.may[:, j]))
+    now, part = those["cost_usd"].mean(), len(those) / len(look.rows)
+    priced = (float(now) - own) * part * a_month if isinstance(now, float) and not math.isnan(own) else 0.0
     quality, change = found.get(("quality", j)), found.get(("quality change", j))
     costs, gain = found.get(("cost_usd", j)), found.get(("cost_usd change", j))
     saving = None if gain is None else _times(Estimate(-gain.value, -gain.high, -gain.low, gain.se), a_month)
