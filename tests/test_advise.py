@@ -198,7 +198,8 @@ def test_a_log_whose_models_were_not_drawn_gives_a_price_and_no_number() -> None
 
 def test_without_feedback_there_is_no_number_and_nothing_to_explore() -> None:
     log = planted((TAGS,)).with_columns(quality=pl.lit(None, pl.Float64))
-    found = advise(log, MODELS)
+    fails = pl.Series(np.random.default_rng(0).random(len(log)) < 0.2)
+    found = advise(log.with_columns(status=pl.when(fails).then(pl.lit("error")).otherwise("status")), MODELS)
     assert all(o.quality is None for o in found.segments[0].options) and found.segments[0].verdict == "keep"
     assert any("no request has a quality" in note for note in found.notes)
     assert "without feedback" in " ".join(found.segments[0].keeps)

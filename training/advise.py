@@ -15,7 +15,6 @@ from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.intervals import bootstrap_interval
 from router_ml.selfhost import Deployment, against, host
-from router_ml.traffic_shape import Traffic
 from training.advice import Advice, Advised, Keeps, Option, SelfHosted, Status, Verdict
 from training.barred import Bars, Declared, bars_of
 from training.estimators import Parts, row_values
@@ -25,8 +24,6 @@ from training.ope import FittedModels, fit_models
 from training.policy_value import Estimate
 from training.segments import Segment, segments_of, texts_of
 from training.support import CERTAIN, FEW_ESS, support_of, why_not_identifiable
-
-__all__ = ["Advice", "Advised", "Option", "advise"]
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -83,7 +80,7 @@ def advise(
     """
     if not 0.0 <= margin < 1.0 or not (min_quality is None or 0.0 <= min_quality <= 1.0):
         raise InputError("margin and min_quality are qualities: give numbers of 0 to 1")
-    if not 0.5 <= confidence < 1.0 or not 0.0 < scale < math.inf:
+    if not (0.5 <= confidence < 1.0 and 0.0 < scale < math.inf):
         raise InputError("confidence has to lie in [0.5, 1), and scale above 0")
     if (deployment is None) != (hosted is None) or (hosted is not None and hosted not in catalog):
         raise InputError(f"a deployment needs the model that it serves, one of the catalogue: {', '.join(catalog.ids)}")
@@ -102,7 +99,7 @@ def advise(
     models = {}
     with threadpool_limits(limits=1, user_api="blas"):
         for metric in _METRICS:
-            if np.isnan(logged.metrics[metric]).all():
+            if not _told(logged, metric).any():
                 notes.append(f"no request has a {metric}: nothing can be said of it")
                 continue
             features = None if texts is None else texts.embedding
@@ -168,7 +165,7 @@ class _Look:
         target = np.zeros((len(logged), len(self.catalog)))
         target[:, j] = 1.0
         weight = (logged.action == j) / logged.propensity
-        seen = ~np.isnan(logged.metrics["quality"])
+        seen = _told(logged, "quality")
         support = support_of(weight, target, np.zeros(len(logged)), np.zeros(len(logged)))
         if why := why_not_identifiable(support, 1.0, weight, target, weight, seen, logged.cluster):
             return why
@@ -274,16 +271,21 @@ def _judged(
     if quality is None or change is None or needed is None:
         return "unknown", "missing evidence", look.why[j] or "no request has a quality"
     tested, least = (change, -needs.margin) if needs.min_quality is None else (quality, needs.min_quality)
-    said = f"quality {quality.value:.3f}, needed {needed:.3f}"
-    if needs.min_quality is None:
-        said += f", change {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
-    else:
+    said = f"quality {quality.value:.3f}, needed {needed:.3f}, change {change.value:+.3f} ({change.low:+.3f} to "
+    said += f"{change.high:+.3f})"
+    if needs.min_quality is not None:
         said = f"quality {quality.value:.3f} ({quality.low:.3f} to {quality.high:.3f}), needed {needed:.3f}"
     if tested.low >= least:
         return "adequate", "", ""
     if tested.high < least:
         return "below", "quality", said
     return "undecided", "missing evidence" if tested.value >= least else "quality", said
+
+
+def _told(logged: Logged, metric: str) -> BoolArray:
+    """Rows that tell of an answer, [n]: that a failed call is known to be worth nothing tells of none."""
+    seen = ~np.isnan(logged.metrics[metric])
+    return np.asarray(seen & ~logged.certain.get(metric, np.zeros(len(logged), dtype=bool)))
 
 
 def _times(found: Estimate, factor: float) -> Estimate:
@@ -322,8 +324,9 @@ def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Opt
     if not plan.requests:
         return replace(option, why=f"{option.why}; it is too near to the needed quality for more requests to tell")
     days = plan.requests / (plan.per_day * needs.scale)
-    price = f"{plan.requests:,} requests ({days:,.0f} days of them) drawn evenly from it and {rival} would tell a "
-    price += f"difference of {apart:.2g}"
+    price = (
+        f"{plan.requests:,} requests ({days:,.0f} days of them) drawn evenly from it and {rival} tell {apart:.2g} apart"
+    )
     if not math.isnan(plan.cost_usd):
         price += f"; they cost {plan.cost_usd:,.2f} USD, and {plan.anyway_usd:,.2f} as they are routed now"
     return replace(option, why=f"{option.why}; {price}", experiment=plan)
@@ -337,13 +340,12 @@ def _hosted(
     own = next((o for o in options if o.model == needs.hosted), None)
     if needs.deployment is None or own is None or traffic is None or own.may < 0.5:
         return None
-    part = Traffic(traffic.input_tokens * own.may, traffic.output_tokens * own.may, traffic.peak_to_mean, traffic.note)
+    part = replace(traffic, input_tokens=traffic.input_tokens * own.may, output_tokens=traffic.output_tokens * own.may)
     hosting = host(needs.deployment, part)
     route = spend if best is None else best.spend_usd
     other = look.catalog[main if best is None else best.model]
     pays = own.status == "adequate" and route is not None and hosting.usd_per_month < route.low * own.may
-    saving = None if route is None else _times(route, own.may)
+    saving, usd = None if route is None else _times(route, own.may), hosting.usd_per_month
     if saving is not None:  # what the deployment costs is certain, given the traffic
-        usd = hosting.usd_per_month
         saving = Estimate(saving.value - usd, saving.low - usd, saving.high - usd, saving.se)
     return SelfHosted(own.model, hosting, against(hosting, other), None if best is None else best.model, saving, pays)
