@@ -284,8 +284,7 @@ def _judged(
 
 def _told(logged: Logged, metric: str) -> BoolArray:
     """Rows that tell of an answer, [n]: that a failed call is known to be worth nothing tells of none."""
-    seen = ~np.isnan(logged.metrics[metric])
-    return np.asarray(seen & ~logged.certain.get(metric, np.zeros(len(logged), dtype=bool)))
+    return ~(np.isnan(logged.metrics[metric]) | logged.certain.get(metric, np.zeros(len(logged), dtype=bool)))
 
 
 def _times(found: Estimate, factor: float) -> Estimate:

@@ -42,8 +42,7 @@ from training.support import (
 
 __all__ = [
     "Estimate", "Feedback", "Logged", "PolicyValue", "SliceValues", "Support", "evaluate_policies", "evaluate_policy",
-    "evaluate_slices",
-    "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
+    "evaluate_slices", "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
@@ -240,7 +239,6 @@ def fit_models(
     predictions: Mapping[str, Array] | None, feedback_ratio: float,
 ) -> FittedModels:  # fmt: skip
     n, m = logged.eligible.shape
-    at = np.arange(n)
     warnings = list(logged.notes)
     fold = folds_by_cluster(logged.cluster, folds, seed)
     design = design_of(logged.context, features)
@@ -249,7 +247,7 @@ def fit_models(
     missing = np.isnan(propensity)
     if missing.any():
         estimated = cross_fit_propensities(design, logged.action, logged.eligible, fold, missing)
-        guess = np.maximum(estimated[at, logged.action], LEAST_PROPENSITY)
+        guess = np.maximum(estimated[np.arange(n), logged.action], LEAST_PROPENSITY)
         propensity = np.where(missing, guess, propensity)
         warnings.append(
             f"{missing.mean():.1%} of the rows have no propensity: it was estimated from what is known of the request. "
