@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from router_ml import __version__
+from router_ml.advise_cli import advise
 from router_ml.audit_cli import audit
 from router_ml.catalog_cli import catalog
 from router_ml.cost_cli import selfhost, usage
@@ -244,6 +245,7 @@ def demo(data: Path | None, catalog: Path | None, out: Path, rows: int, encoder:
     run(data=data, catalog=catalog, out=out, rows=rows, encoder=encoder)
 
 
+main.add_command(advise)
 main.add_command(audit)
 main.add_command(import_)
 main.add_command(catalog)

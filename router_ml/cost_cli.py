@@ -53,7 +53,7 @@ def selfhost(
         raise click.UsageError("--model says whose card is written, --out where: give both or none")
     if not 0.0 < scale < float("inf"):
         raise InputError("--scale has to be a number above 0")
-    table = _toml(file, {"deployment", "traffic"})
+    table = toml_tables(file, {"deployment", "traffic"})
     if (logs is None) == ("traffic" not in table):
         raise InputError(f"the traffic comes from a table [traffic] in {file} or from --logs: give one of the two")
     cards = Catalog.load(catalog)
@@ -178,7 +178,8 @@ def _calls(
     return spend_frame(spend_rows(engine, baseline, since_us)), known
 
 
-def _toml(file: Path, known: set[str]) -> dict[str, Any]:
+def toml_tables(file: Path, known: set[str]) -> dict[str, Any]:
+    """A TOML file's tables, of these names. Raises InputError for others, and where it is not TOML."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

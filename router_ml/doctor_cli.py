@@ -8,7 +8,7 @@ import click
 
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, LogPath
-from router_ml.tune_cli import JSON, PLOT, STORE, draw, log_rows, write_json
+from router_ml.tune_cli import JSON, PLOT, STORE, log_rows, write_json, write_plot
 
 
 @click.command()
@@ -41,5 +41,5 @@ def doctor(
     found = examine(log_rows(log, store), cards)
     click.echo("\n".join(found.in_words))
     write_json(json_path, found.to_json())
-    draw(plot, found.plot)
+    write_plot(plot, found.plot)
     context.exit(0 if found.routable else 1)

@@ -99,7 +99,7 @@ def tune(
             "settings": [_plain(row) for row in found.to_frame().iter_rows(named=True)],
         },
     )  # fmt: skip
-    draw(plot, found.plot)
+    write_plot(plot, found.plot)
     sys.exit(0 if at is not None else 1)
 
 
@@ -159,7 +159,7 @@ def compare(
             "experiment": None if found.experiment is None else _plain(found.experiment.to_frame().to_dicts()[0]),
         },
     )  # fmt: skip
-    draw(plot, found.plot)
+    write_plot(plot, found.plot)
 
 
 @click.command()
@@ -218,7 +218,7 @@ def explore(
             changed = write_policy(made.rule, out, base=policy, catalog=cards)
             click.echo(f"written to {out}, policy version {changed.version}; take the entry out again when it is done")
     write_json(json_path, written)
-    draw(plot, drawing)
+    write_plot(plot, drawing)
 
 
 def _cards(logs: Path | None, catalog: Path | None) -> Catalog:
@@ -278,8 +278,8 @@ def write_json(path: Path | None, found: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def draw(path: Path | None, plot: Any) -> None:
-    """The figure that `plot` makes, where a path is given."""
+def write_plot(path: Path | None, plot: Any) -> None:
+    """The figure that `plot` makes, if there is a path. Raises InputError for another format than PNG, SVG or PDF."""
     if path is None:
         return
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):

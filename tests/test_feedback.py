@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_ml.errors import InputError
@@ -90,6 +90,7 @@ def test_sources_are_weighed_by_weight_and_by_what_their_noise_leaves() -> None:
     assert quality(rows_of(("a", None)), of_portkey, rules)[0][0] == pytest.approx(0.8 * 0.8 / 1.3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 100), st.floats(0.51, 1)), min_size=1, max_size=5))
 def test_quality_stays_between_what_was_said(given_: list[tuple[float, float, float]]) -> None:
     rules = [Rule(source=f"s{i}", kind="score", weight=w, reliability=r) for i, (_, w, r) in enumerate(given_)]

@@ -246,7 +246,8 @@ def test_kill_loses_no_acknowledged_outcome_and_one_interval_of_decisions(tiny_b
         outcomes = [http.post("/outcomes", json={"decision_id": i, "quality": 1.0}).json() for i in early]
         os.kill(started.pid, signal.SIGKILL)
         started.wait(10)
-    store = Store(str(tmp_path / "store.db"))
+    store = Store(str(tmp_path / "store.db")).start()  # what the drain had not moved yet is in the spool
+    assert store.flush(60)
     assert {row["outcome_id"] for row in store.outcomes()} == {o["outcome_id"] for o in outcomes}
     assert {row["decision_id"] for row in store.decisions()} >= set(early)
 

@@ -135,8 +135,11 @@ def test_a_challenger_that_fails_changes_no_answer(live: Running, share: float, 
         counted = {why: live.metric(f'router_canary_fallbacks_total{{why="{why}"}}') for why in ("error", "resting")}
         assert counted == {"error": 3.0, "resting": 3.0}
     else:
-        assert live.metric('router_shadow_failures_total{why="error"}') == 3.0
-        assert live.metric('router_shadow_shed_total{why="resting"}') == 3.0
+        # On a busy machine the loop may be too late for a shadow, which is then shed and is no failure.
+        late = live.metric('router_shadow_shed_total{why="late"}') or 0.0
+        failures = live.metric('router_shadow_failures_total{why="error"}')
+        resting = live.metric('router_shadow_shed_total{why="resting"}')
+        assert failures == 3.0 and failures + resting + late == 6.0
     assert "left alone for 30 s: its decisions fail (ZeroDivisionError)" in caplog.text and HARD not in caplog.text
 
 

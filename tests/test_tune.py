@@ -397,7 +397,7 @@ def test_a_store_without_prompts_tunes_the_bundle_that_served(
     monkeypatch.setattr(tune_cli, "_CHUNK", 100)
     newest = log["time"].max()
     assert isinstance(newest, datetime)
-    assert tune_cli.log_rows(None, f"{tmp_path}/store.db", newest).equals(log), "the earlier rows tell what is old"
+    assert tune_cli.log_rows(None, f"{tmp_path}/store.db").equals(log), "the earlier rows tell what is old"
     assert log["prompt"].null_count() == len(log)
     with pytest.raises(InputError, match="prompt"):
         tune(router, log, {"trained_until": "2020-01-01T00:00:00+00:00"}, min_quality=0.7)

@@ -42,8 +42,7 @@ from training.support import (
 
 __all__ = [
     "Estimate", "Feedback", "Logged", "PolicyValue", "SliceValues", "Support", "evaluate_policies", "evaluate_policy",
-    "evaluate_slices",
-    "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
+    "evaluate_slices", "identifiable_rows", "logged_of", "one_row_a_request", "predictions_of", "target_of",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float64]
@@ -128,7 +127,7 @@ def evaluate_policies(
         _check(logged, target, baseline, metric, estimators, confidence, folds, feedback_ratio)
     look = _Look(tuple(estimators), confidence, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):  # threads that wait for a busy core only spin
-        models = _fitted(logged, metric, folds, seed, features, predictions, feedback_ratio)
+        models = fit_models(logged, metric, folds, seed, features, predictions, feedback_ratio)
         return {name: _value(models.rows(target, baseline, max_weight), look) for name, target in targets.items()}
 
 
@@ -168,7 +167,7 @@ def evaluate_slices(
     each = 1.0 - (1.0 - confidence) / max(len(masks), 1)
     look = _Look((estimator,), each, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):
-        models = _fitted(logged, metric, folds, seed, features, predictions, feedback_ratio)
+        models = fit_models(logged, metric, folds, seed, features, predictions, feedback_ratio)
         rows = models.rows(target, baseline, max_weight)
         values = {key: _value(rows.take(np.flatnonzero(mask)), look) for key, mask in masks.items()}
     return SliceValues(metric, confidence, values)
@@ -209,7 +208,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Models:
+class FittedModels:
     """What is fitted before any policy is named; arrays have a row a decision."""
 
     logged: Logged
@@ -235,12 +234,11 @@ class _Models:
         )  # fmt: skip
 
 
-def _fitted(
+def fit_models(
     logged: Logged, metric: str, folds: int, seed: int, features: Array | None,
     predictions: Mapping[str, Array] | None, feedback_ratio: float,
-) -> _Models:  # fmt: skip
+) -> FittedModels:  # fmt: skip
     n, m = logged.eligible.shape
-    at = np.arange(n)
     warnings = list(logged.notes)
     fold = folds_by_cluster(logged.cluster, folds, seed)
     design = design_of(logged.context, features)
@@ -249,7 +247,7 @@ def _fitted(
     missing = np.isnan(propensity)
     if missing.any():
         estimated = cross_fit_propensities(design, logged.action, logged.eligible, fold, missing)
-        guess = np.maximum(estimated[at, logged.action], LEAST_PROPENSITY)
+        guess = np.maximum(estimated[np.arange(n), logged.action], LEAST_PROPENSITY)
         propensity = np.where(missing, guess, propensity)
         warnings.append(
             f"{missing.mean():.1%} of the rows have no propensity: it was estimated from what is known of the request. "
@@ -269,7 +267,7 @@ def _fitted(
     if not seen.all():
         told = cross_fit_feedback(design, logged.action, stands, prediction, fold, m, free)
         known[free] = inverse_feedback(stands[free], told[free], logged.action[free], m)
-    return _Models(logged, metric, propensity, can, q, told, known, tuple(warnings))
+    return FittedModels(logged, metric, propensity, can, q, told, known, tuple(warnings))
 
 
 def _value(rows: _Rows, look: _Look) -> PolicyValue:

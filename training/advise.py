@@ -1,0 +1,350 @@
+"""Advice from a log: which kinds of traffic could go elsewhere, what that saves for certain, and what keeps them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from threadpoolctl import threadpool_limits
+
+from router_ml.catalog import Catalog
+from router_ml.errors import InputError
+from router_ml.intervals import bootstrap_interval
+from router_ml.selfhost import Deployment, against, host
+from training.advice import Advice, Advised, Keeps, Option, SelfHosted, Status, Verdict
+from training.barred import Bars, Declared, bars_of
+from training.estimators import Parts, row_values
+from training.experiment import cost_column, plan_experiment
+from training.logged import Logged, logged_of, one_row_a_request
+from training.ope import FittedModels, fit_models
+from training.policy_value import Estimate
+from training.segments import Segment, segments_of, texts_of
+from training.support import CERTAIN, FEW_ESS, support_of, why_not_identifiable
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+HIGH_VOLUME = 10_000.0
+"""Requests a month from which tuning a model of one's own is worth the trouble."""
+NEARLY = 0.1
+"""How far below the needed quality a model may be that tuning is thought to bring there."""
+_OPEN = ("hosted-open", "self-hosted-open")
+_METRICS = ("quality", "cost_usd")
+_DRAWS = 20_000_000
+
+
+def advise(
+    log: pl.DataFrame,
+    catalog: Catalog,
+    *,
+    min_quality: float | None = None,
+    margin: float = 0.02,
+    deployment: Deployment | None = None,
+    hosted: str | None = None,
+    data_classes: Declared | None = None,
+    regions: Declared | None = None,
+    confidence: float = 0.95,
+    scale: float = 1.0,
+    cluster: str = "session",
+    feedback_ratio: float = 1.0,
+    seed: int = 0,
+) -> Advice:
+    """Finds the segments of a log's traffic and says of each whether it is a case for something cheaper, and for what.
+
+    Needed is a mean quality of `min_quality` a request, by default what the segment has today less `margin`. The
+    estimates are cross-fitted doubly robust (`ope`, with the prompts' embeddings), of all of a segment's requests that
+    may go to a model and whose model was drawn, the others staying where they are; change and saving are paired with
+    what the log's own policy had of the same requests. A log without drawn requests gives no number of another model:
+    rows of propensity 1, or of none, tell of their own alone. Nor is there one where fewer than 100 effective rows with
+    an outcome agree with it (`support.FEW_ESS`), since intervals hold from there on.
+
+    Looking for the best of many segments and models finds the luckiest as well (the winner's curse). So all intervals
+    hold together with `confidence`: each has 1 - (1 - confidence) / k with k the number of all of them (Bonferroni),
+    whichever is then picked. The segments themselves are found without looking at any outcome. A move is advised where
+    the lower bounds of quality (or of its change) and of the saving both are high enough.
+
+    Cases: "self-host" (`deployment` serving `hosted`, of steady traffic, costs less than the lower bound of the best
+    route); "rule" (one model is shown to do, and task and tenant say which narrow traffic is meant) and "cheaper
+    route" (the same, where no rule can say it, or where the traffic is mixed, so that a router may do better still);
+    "fine-tune" (narrow, repetitive, at least 10,000 requests a month, and an open model within 0.1 of the needed
+    quality; the tuning's own price is not known here); "explore" (a model that may save more is not known well enough:
+    its experiment has requests and price, sized for a test of its own as `plan_experiment` does); else "keep".
+
+    `data_classes` and `regions` as in `barred.bars_of`, `scale` as in `segments_of`, `cluster` as in `logged_of`.
+    Raises InputError as these do, for impossible options, and for a `hosted` model that the catalogue has not.
+    """
+    if not 0.0 <= margin < 1.0 or not (min_quality is None or 0.0 <= min_quality <= 1.0):
+        raise InputError("margin and min_quality are qualities: give numbers of 0 to 1")
+    if not (0.5 <= confidence < 1.0 and 0.0 < scale < math.inf):
+        raise InputError("confidence has to lie in [0.5, 1), and scale above 0")
+    if (deployment is None) != (hosted is None) or (hosted is not None and hosted not in catalog):
+        raise InputError(f"a deployment needs the model that it serves, one of the catalogue: {', '.join(catalog.ids)}")
+    rows = one_row_a_request(log).with_columns(cost_column(catalog))
+    notes = []
+    known = pl.coalesce("fallback_from", "model").is_in(catalog.ids)
+    if strange := rows.select((~known).sum()).item():
+        rows = rows.filter(known)
+        notes.append(f"{strange:,} requests to models that the catalogue does not list are left out")
+    texts = texts_of(rows, seed=seed)
+    segments = segments_of(rows, texts, scale=scale, seed=seed)
+    if texts is None:
+        notes.append("without prompts segments are those of the columns task and tenant alone")
+    logged = logged_of(rows, catalog, cluster=cluster)
+    bars = bars_of(rows, catalog, data_classes=data_classes, regions=regions)
+    models = {}
+    with threadpool_limits(limits=1, user_api="blas"):
+        for metric in _METRICS:
+            if not _told(logged, metric).any():
+                notes.append(f"no request has a {metric}: nothing can be said of it")
+                continue
+            features = None if texts is None else texts.embedding
+            ratio = feedback_ratio if metric == "quality" else 1.0
+            models[metric] = fit_models(logged, metric, 5, seed, features, None, ratio)
+    found = [_Look(rows, logged, bars, models, segment) for segment in segments]
+    intervals = sum(len(look.columns) for look in found)
+    each = (1.0 - confidence) / max(intervals, 1)
+    needs = _Needs(min_quality, margin, deployment, hosted, confidence, scale)
+    made = [_advised(look, look.estimates(each, seed), needs) for look in found]
+    made.sort(key=lambda one: (-(one.spend_usd.value if one.spend_usd else 0.0), one.segment.name))
+    return Advice(tuple(made), confidence, intervals, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Needs:
+    min_quality: float | None
+    margin: float
+    deployment: Deployment | None
+    hosted: str | None
+    confidence: float
+    scale: float
+
+
+class _Look:
+    """One segment: what each model may be estimated on, and the values a row whose means are the estimates."""
+
+    def __init__(
+        self, log: pl.DataFrame, logged: Logged, bars: Bars, models: dict[str, FittedModels], segment: Segment
+    ) -> None:
+        self.segment, self.bars, self.catalog = segment, bars, logged.catalog
+        self.rows = log[segment.rows]
+        self.logged = logged.take(segment.rows)
+        self.may = bars.may[segment.rows]
+        self.drawn: BoolArray = self.logged.propensity < CERTAIN  # NaN is not
+        self.why: list[str] = []
+        self.moved = np.zeros_like(self.may)
+        self.columns: dict[tuple[str, int], Array] = {}
+        at, a = segment.rows, self.logged.action
+        for metric, fitted in models.items():
+            outcome, known, q = np.nan_to_num(self.logged.metrics[metric]), fitted.known[at], fitted.q[at]
+            own = np.eye(len(self.catalog))[a]
+            self.columns[metric, -1] = row_values("dr", Parts(own, a, np.ones(len(a)), outcome, known, q), 0.0)
+        for j in range(len(self.catalog)):
+            self.moved[:, j] = self.may[:, j] & self.drawn & next(iter(models.values())).can[at, j] if models else False
+            self.why.append(self._unknown(j))
+            if self.why[j] or self.may[:, j].mean() < 0.5:
+                continue
+            for metric, fitted in models.items():
+                target = np.where(self.moved[:, [j]], np.eye(len(self.catalog))[j], own)
+                weight = self.moved[:, j] * ((a == j) / self.logged.propensity - 1.0)
+                outcome, known, q = np.nan_to_num(self.logged.metrics[metric]), fitted.known[at], fitted.q[at]
+                change = row_values("dr", Parts(target - own, a, np.nan_to_num(weight), outcome, known, q), 0.0)
+                self.columns[f"{metric} change", j] = change
+                self.columns[metric, j] = self.columns[metric, -1] + change
+
+    def _unknown(self, j: int) -> str:
+        """Why the log does not identify what model j would do here; empty where it does."""
+        moved, may = self.moved[:, j], self.may[:, j]
+        if moved.sum() < 0.5 * max(may.sum(), 1):
+            return f"the log drew the model of {moved.sum() / max(may.sum(), 1):.0%} of the requests that may go to it"
+        logged = self.logged.take(moved)
+        target = np.zeros((len(logged), len(self.catalog)))
+        target[:, j] = 1.0
+        weight = (logged.action == j) / logged.propensity
+        seen = _told(logged, "quality")
+        support = support_of(weight, target, np.zeros(len(logged)), np.zeros(len(logged)))
+        if why := why_not_identifiable(support, 1.0, weight, target, weight, seen, logged.cluster):
+            return why
+        ess = float(weight[seen].sum()) ** 2 / float(np.square(weight[seen]).sum())
+        if ess < FEW_ESS:
+            return f"{ess:.0f} effective rows with a quality agree with it, and {FEW_ESS:g} are needed"
+        return ""
+
+    def estimates(self, each: float, seed: int) -> dict[tuple[str, int], Estimate]:
+        """All of the segment's estimates, each interval missing its value with a probability of `each`.
+
+        Sessions are put into random groups for the bootstrap, as independent as they are: tails this far out take many
+        replicates.
+        """
+        if not self.columns:
+            return {}
+        _, code = np.unique(self.logged.cluster, return_inverse=True)
+        groups = int(np.clip(_DRAWS * each / 20.0, 200, 1000))
+        if code.max() >= groups:
+            code = (np.random.default_rng(seed).permutation(int(code.max()) + 1) % groups)[code]
+        found = bootstrap_interval(np.stack(list(self.columns.values()), 1), code, confidence=1.0 - each, seed=seed)
+        values = (Estimate(*map(float, one)) for one in zip(*found, strict=True))
+        return dict(zip(self.columns, values, strict=True))
+
+
+def _advised(look: _Look, found: dict[tuple[str, int], Estimate], needs: _Needs) -> Advised:
+    segment = look.segment
+    a_month = segment.requests_per_month
+    today, cost = found.get(("quality", -1)), found.get(("cost_usd", -1))
+    spend = None if cost is None else _times(cost, a_month)
+    needed = needs.min_quality
+    if needed is None and today is not None:
+        needed = today.value - needs.margin
+    counts = np.bincount(look.logged.action, minlength=len(look.catalog))
+    order = np.argsort(-counts, kind="stable")
+    mix = {look.catalog.ids[j]: float(counts[j] / len(segment)) for j in order if counts[j]}
+    paid = np.bincount(look.logged.action, np.nan_to_num(look.logged.metrics["cost_usd"]), len(look.catalog))
+    dearest = [look.catalog.ids[j] for j in np.lexsort((-counts, -paid)) if counts[j]]
+    options = tuple(_option(look, found, j, spend, needed, needs) for j in range(len(look.catalog)))
+    mine = [o for o in options if o.model != needs.hosted]
+    shown = [o for o in mine if o.status == "adequate" and o.saving_usd is not None and o.saving_usd.low > 0.0]
+    best = max(shown, key=lambda o: o.hoped_usd, default=None)
+    more = [o for o in options if o.hoped_usd > (0.0 if best is None else best.hoped_usd)]
+    tuned = _tuned(look, more, needed)
+    options = tuple(_priced(look, o, dearest, needs) if o in more else o for o in options)
+    asked = [o for o in options if o.experiment is not None and o.experiment.requests > 0]
+    explored = max(asked, key=lambda o: o.hoped_usd, default=None)
+    hosted = _hosted(look, options, best, dearest[0], spend, needs)
+    cases = _cases(segment, best, tuned, explored, hosted)
+    classes = look.bars.data_class.gather(segment.rows).unique().to_list()
+    sensitivity = None if classes == [None] else cast("str", classes[0]) if len(classes) == 1 else "mixed"
+    return Advised(
+        segment, sensitivity, mix, spend, today, needed, options, best, tuned, explored, hosted, cases[0], cases[1:]
+    )
+
+
+def _cases(
+    segment: Segment, best: Option | None, tuned: Option | None, explored: Option | None, hosted: SelfHosted | None
+) -> tuple[Verdict, ...]:
+    """All that the segment is a case for, the first the one to begin with."""
+    cases: list[Verdict] = []
+    if hosted is not None and hosted.pays and segment.steady:
+        cases.append("self-host")
+    if best is not None:
+        cases.append("rule" if segment.declared and segment.narrow else "cheaper route")
+    if tuned is not None:
+        cases.append("fine-tune")
+    if explored is not None:
+        cases.append("explore")
+    return tuple(cases) or ("keep",)
+
+
+def _option(
+    look: _Look, found: dict[tuple[str, int], Estimate], j: int, spend: Estimate | None, needed: float | None,
+    needs: _Needs,
+) -> Option:  # fmt: skip
+    card, a_month = look.catalog.cards[j], look.segment.requests_per_month
+    may, moved = float(look.may[:, j].mean()), float(look.moved[:, j].mean())
+    tokens = look.segment.input_tokens, look.segment.output_tokens
+    own = 1e-6 * (tokens[0] * card.input_usd_per_mtok + tokens[1] * card.output_usd_per_mtok)
+    those = look.rows if may < 0.5 else look.rows.filter(pl.Series(look.may[:, j]))
+    now, part = those["cost_usd"].mean(), len(those) / len(look.rows)
+    priced = (float(now) - own) * part * a_month if isinstance(now, float) and not math.isnan(own) else 0.0
+    quality, change = found.get(("quality", j)), found.get(("quality change", j))
+    costs, gain = found.get(("cost_usd", j)), found.get(("cost_usd change", j))
+    saving = None if gain is None else _times(Estimate(-gain.value, -gain.high, -gain.low, gain.se), a_month)
+    status, keeps, why = _judged(look, j, may, quality, change, needed, needs)
+    if status == "adequate" and (saving is None or saving.low <= 0.0):
+        keeps, why = "cost", "it is not shown to be cheaper"
+    return Option(
+        card.id, status, may, moved, quality, change, None if costs is None else _times(costs, a_month), saving,
+        priced, keeps, why,
+    )  # fmt: skip
+
+
+def _judged(
+    look: _Look, j: int, may: float, quality: Estimate | None, change: Estimate | None, needed: float | None,
+    needs: _Needs,
+) -> tuple[Status, Keeps, str]:  # fmt: skip
+    if may < 0.5:
+        kind, why = look.bars.why(look.segment.rows, j)
+        return "barred", cast("Keeps", kind), why
+    if quality is None or change is None or needed is None:
+        return "unknown", "missing evidence", look.why[j] or "no request has a quality"
+    tested, least = (change, -needs.margin) if needs.min_quality is None else (quality, needs.min_quality)
+    said = f"quality {quality.value:.3f}, needed {needed:.3f}, change {change.value:+.3f} ({change.low:+.3f} to "
+    said += f"{change.high:+.3f})"
+    if needs.min_quality is not None:
+        said = f"quality {quality.value:.3f} ({quality.low:.3f} to {quality.high:.3f}), needed {needed:.3f}"
+    if tested.low >= least:
+        return "adequate", "", ""
+    if tested.high < least:
+        return "below", "quality", said
+    return "undecided", "missing evidence" if tested.value >= least else "quality", said
+
+
+def _told(logged: Logged, metric: str) -> BoolArray:
+    """Rows that tell of an answer, [n]: that a failed call is known to be worth nothing tells of none."""
+    return ~(np.isnan(logged.metrics[metric]) | logged.certain.get(metric, np.zeros(len(logged), dtype=bool)))
+
+
+def _times(found: Estimate, factor: float) -> Estimate:
+    return Estimate(*(value * factor for value in found))
+
+
+def _tuned(look: _Look, more: list[Option], needed: float | None) -> Option | None:
+    """The open model that is nearly good enough on traffic that a model could be tuned for."""
+    of = look.segment
+    if not (of.narrow and of.repetitive and of.requests_per_month >= HIGH_VOLUME) or needed is None:
+        return None
+    near = [
+        o for o in more
+        if o.status in ("below", "undecided") and o.quality is not None and o.quality.value >= needed - NEARLY
+        and look.catalog[o.model].tier in _OPEN and o.saving_usd is not None and o.saving_usd.low > 0.0
+    ]  # fmt: skip
+    return max(near, key=lambda o: o.hoped_usd, default=None)
+
+
+def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Option:
+    """The option with what it takes to know whether it is good enough, where that is what it lacks.
+
+    It is drawn against the model that most of the segment's spend goes to today.
+    """
+    rival = next((model for model in today if model != option.model), None)
+    if option.keeps != "missing evidence" or rival is None:
+        return option
+    apart = needs.margin if needs.margin > 0.0 else 0.02
+    if needs.min_quality is not None and option.quality is not None:
+        apart = max(apart, abs(option.quality.value - needs.min_quality))
+    rows = look.rows.filter(pl.Series(look.may[:, look.catalog.index[option.model]]))
+    try:
+        plan = plan_experiment(rows, look.catalog, option.model, rival, effect=apart, confidence=needs.confidence)
+    except InputError as error:
+        return replace(option, why=f"{option.why}; {error}")
+    if not plan.requests:
+        return replace(option, why=f"{option.why}; it is too near to the needed quality for more requests to tell")
+    days = plan.requests / (plan.per_day * needs.scale)
+    price = (
+        f"{plan.requests:,} requests ({days:,.0f} days of them) drawn evenly from it and {rival} tell {apart:.2g} apart"
+    )
+    if not math.isnan(plan.cost_usd):
+        price += f"; they cost {plan.cost_usd:,.2f} USD, and {plan.anyway_usd:,.2f} as they are routed now"
+    return replace(option, why=f"{option.why}; {price}", experiment=plan)
+
+
+def _hosted(
+    look: _Look, options: tuple[Option, ...], best: Option | None, main: str, spend: Estimate | None, needs: _Needs
+) -> SelfHosted | None:
+    """The deployment sized for this segment alone, beside the best route there is; None where there is none to size."""
+    traffic = look.segment.traffic
+    own = next((o for o in options if o.model == needs.hosted), None)
+    if needs.deployment is None or own is None or traffic is None or own.may < 0.5:
+        return None
+    part = replace(traffic, input_tokens=traffic.input_tokens * own.may, output_tokens=traffic.output_tokens * own.may)
+    hosting = host(needs.deployment, part)
+    route = spend if best is None else best.spend_usd
+    other = look.catalog[main if best is None else best.model]
+    pays = own.status == "adequate" and route is not None and hosting.usd_per_month < route.low * own.may
+    saving, usd = None if route is None else _times(route, own.may), hosting.usd_per_month
+    if saving is not None:  # what the deployment costs is certain, given the traffic
+        saving = Estimate(saving.value - usd, saving.low - usd, saving.high - usd, saving.se)
+    return SelfHosted(own.model, hosting, against(hosting, other), None if best is None else best.model, saving, pays)
