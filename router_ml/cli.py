@@ -21,6 +21,7 @@ from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
 from router_ml.terminal import TRACKING, Commands, ExistingFile, LogPath, PathArg, bar, say_log, stages
+from router_ml.tradeoff_cli import tradeoff
 from router_ml.tune_cli import compare, explore, tune
 
 ENCODER = click.option(
@@ -250,7 +251,7 @@ main.add_command(audit)
 main.add_command(import_)
 main.add_command(catalog)
 main.add_command(serve)
-for command in (doctor, tune, compare, explore, evaluate, promote, rollback, watch, history, selfhost, usage):
+for command in (doctor, tune, tradeoff, compare, explore, evaluate, promote, rollback, watch, history, selfhost, usage):
     main.add_command(command)
 
 

@@ -248,7 +248,7 @@ def _judged(
     from training.gate import judge
 
     rows = log_rows(logs, None if logs is not None else store)
-    under = _policy(policy, store)
+    under = policy_under(policy, store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
     found = challenge(champion, challenger, rows, since=since, cluster=cluster, confidence=confidence)
     before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
@@ -256,7 +256,7 @@ def _judged(
     return found, verdict
 
 
-def _policy(file: Path | None, store: str | None) -> Policy | None:
+def policy_under(file: Path | None, store: str | None) -> Policy | None:
     """The policy that is judged under: the file's, else the one in force at the store's services, else the default."""
     from router_ml.audit import changes
     from router_ml.policy import Policy

@@ -22,7 +22,7 @@ UNPICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "ma
 MAX_LINES = 350
 PRODUCT = sorted(path for folder in MAY for path in (ROOT / folder).rglob("*.py"))
 FRONT_DOOR = ROOT / "router_ml" / "cli.py"
-ROOMS = ("advise", "catalog", "cost", "doctor", "evaluate", "import", "serve", "tune", "rollout")
+ROOMS = ("advise", "catalog", "cost", "doctor", "evaluate", "import", "serve", "tradeoff", "tune", "rollout")
 FRONT_DOORS = {FRONT_DOOR} | {ROOT / "router_ml" / f"{room}_cli.py" for room in ROOMS}
 
 

@@ -147,8 +147,8 @@ def challenge(
     """
     rows, others, how = _judged(champion, challenger, log, since)
     considered = rows["request_id"].n_unique()
-    rows, notes = _usable(one_row_a_request(rows), most_rows)
-    catalog = _axis(challenger.router.catalog, champion.router.catalog, rows)
+    rows, notes = usable_rows(one_row_a_request(rows), most_rows)
+    catalog = catalog_of(challenger.router.catalog, champion.router.catalog, rows)
     notes = (f"judged on {how}", *notes)
     logged = logged_of(rows.with_columns(cost_column(catalog)), catalog, cluster=cluster)
     first = first_named(log)
@@ -197,7 +197,7 @@ def challenge(
     )  # fmt: skip
 
 
-def _axis(first: Catalog, second: Catalog, rows: pl.DataFrame) -> Catalog:
+def catalog_of(first: Catalog, second: Catalog, rows: pl.DataFrame) -> Catalog:
     """Both catalogues, and what else the log's policy could choose: weights are right only where all of it is there."""
     cards = {card.id: replace(card, sibling=None) for card in (*second, *first)}
     listed = rows["candidates"].explode().drop_nulls()
@@ -225,7 +225,7 @@ def _judged(
     return both, others, how if how == of_champion else f"{how}; and, for the champion, {of_champion}"
 
 
-def _usable(rows: pl.DataFrame, most: int) -> tuple[pl.DataFrame, tuple[str, ...]]:
+def usable_rows(rows: pl.DataFrame, most: int) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """The newest rows that have a text and, if any has, a model that was drawn; and what was left out."""
     notes = []
     kept = rows.filter(pl.col("prompt").is_not_null() | pl.col("messages").is_not_null())

@@ -25,7 +25,7 @@ def changed_models(logged: Logged, old: Decided, new: Decided, options: Mapping[
     `p_ok_before` and `_after`, and how `quality` changes by the log, with `low` and `high`: null where fewer than 50
     requests move or the log cannot tell. The intervals hold together.
     """
-    moves = _moves(old, new)
+    moves = moves_of(old, new)
     named = moves.select(pl.format("{} → {}", "from", "to").alias("change"), "moved")
     frame = logged.slices.with_columns(
         change=named.select(pl.when("moved").then("change").otherwise(pl.lit(UNCHANGED))).to_series()
@@ -60,7 +60,7 @@ def changed_models(logged: Logged, old: Decided, new: Decided, options: Mapping[
 
 def changed_for(logged: Logged, old: Decided, new: Decided) -> pl.DataFrame:
     """A row per task and per tenant: `by`, `name`, `n`, the share `changed`, expected cost before and after, USD."""
-    moves = _moves(old, new)
+    moves = moves_of(old, new)
     frames = []
     for by in ("task", "tenant"):
         frames.append(
@@ -81,7 +81,7 @@ def changed_for(logged: Logged, old: Decided, new: Decided) -> pl.DataFrame:
 _NUMBERS = ("cost_usd_before", "cost_usd_after", "p_ok_before", "p_ok_after")
 
 
-def _moves(old: Decided, new: Decided) -> pl.DataFrame:
+def moves_of(old: Decided, new: Decided) -> pl.DataFrame:
     """A row a request: from, to, moved, and what the new router expects of either model (of the one there is)."""
     at = np.arange(len(old.choice))
     names = np.array([*new.catalog.ids, _NOBODY])

@@ -125,10 +125,10 @@ def evaluate_policies(
     """
     for target in targets.values():
         _check(logged, target, baseline, metric, estimators, confidence, folds, feedback_ratio)
-    look = _Look(tuple(estimators), confidence, interval, tightest_at, seed)
+    look = Look(tuple(estimators), confidence, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):  # threads that wait for a busy core only spin
         models = fit_models(logged, metric, folds, seed, features, predictions, feedback_ratio)
-        return {name: _value(models.rows(target, baseline, max_weight), look) for name, target in targets.items()}
+        return {name: value_of(models.rows(target, baseline, max_weight), look) for name, target in targets.items()}
 
 
 def evaluate_slices(
@@ -165,16 +165,18 @@ def evaluate_slices(
             if count >= least_rows:
                 masks[column, name] = (logged.slices[column] == name).to_numpy()
     each = 1.0 - (1.0 - confidence) / max(len(masks), 1)
-    look = _Look((estimator,), each, interval, tightest_at, seed)
+    look = Look((estimator,), each, interval, tightest_at, seed)
     with threadpool_limits(limits=1, user_api="blas"):
         models = fit_models(logged, metric, folds, seed, features, predictions, feedback_ratio)
         rows = models.rows(target, baseline, max_weight)
-        values = {key: _value(rows.take(np.flatnonzero(mask)), look) for key, mask in masks.items()}
+        values = {key: value_of(rows.take(np.flatnonzero(mask)), look) for key, mask in masks.items()}
     return SliceValues(metric, confidence, values)
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
+    """How a mean and its interval are taken."""
+
     estimators: tuple[Estimator, ...]
     confidence: float
     interval: Interval
@@ -270,7 +272,7 @@ def fit_models(
     return FittedModels(logged, metric, propensity, can, q, told, known, tuple(warnings))
 
 
-def _value(rows: _Rows, look: _Look) -> PolicyValue:
+def value_of(rows: _Rows, look: Look) -> PolicyValue:
     logged, parts, told = rows.logged, rows.parts, rows.told
     n, m = parts.change.shape
     clusters = len(np.unique(logged.cluster))
