@@ -5,19 +5,17 @@ A row's cost is rounded once, half to even, and from then on everything is a sum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
+from router_ml.ledger import BILLED, Ledger
 from router_ml.log_schema import LOG_SCHEMA
-from router_ml.prices import Usage, price_call
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,48 +95,14 @@ def accounts(rows: pl.DataFrame, catalog: Catalog, *, by: Sequence[str] = (), ba
     if baseline is not None and baseline not in catalog:
         raise InputError(f"the baseline {baseline!r} is not in the catalogue: it has {', '.join(catalog.ids)}")
 
-    @lru_cache(maxsize=100_000)
-    def priced(model: str, into: int, out: int) -> int:
-        if model not in catalog:
-            raise InputError(
-                f"calls of model {model!r} have tokens and no cost, and the catalogue has no price for it: add it with "
-                f"`router-ml catalog import --model {model} --out catalog.json`, and give that with --catalog"
-            )
-        return _nano(price_call(catalog[model], Usage(input_tokens=into, output_tokens=out)))
-
-    made: list[tuple[int | None, ...]] = []
+    bill = Ledger(catalog, baseline).bill
     columns = ["model", "input_tokens", "output_tokens", "cost_usd"]
     extra = [name if name in rows.columns else pl.lit(None, pl.Float64).alias(name) for name in _SPEND]
-    for model, into, out, usd, expected, elsewhere, reserve in rows.select(*columns, *extra).iter_rows():
-        tokens = into is not None and out is not None
-        cost = _nano(Decimal(repr(usd))) if usd is not None else priced(model, into, out) if tokens else None
-        other: int | None = None
-        if baseline is not None and cost is not None:
-            if tokens:
-                other = priced(baseline, into, out)
-            elif elsewhere is not None:
-                other = _nano(Decimal(repr(elsewhere)))
-        is_open = cost is None
-        made.append(
-            (
-                *(int(usd is not None), int(usd is None and tokens), int(is_open), into or 0, out or 0, cost or 0),
-                *((_nano(Decimal(repr(v))) if is_open and v is not None else 0) for v in (expected, reserve)),
-                *((1, cost, other, other - cost) if cost is not None and other is not None else (0, 0, 0, 0)),
-            )
-        )
-    names = ["reported", "priced", "open", "input_tokens", "output_tokens", "cost_nano"]
-    names += [
-        "open_expected_nano",
-        "open_reserve_nano",
-        "compared",
-        "compared_cost_nano",
-        "baseline_nano",
-        "savings_nano",
-    ]
-    sums = pl.DataFrame(made, schema=dict.fromkeys(names, pl.Int64), orient="row")
+    made = [bill(*row) for row in rows.select(*columns, *extra).iter_rows()]
+    sums = pl.DataFrame(made, schema=dict.fromkeys(BILLED, pl.Int64), orient="row")
     groups = [pl.col("time").dt.date().alias("day") if name == "day" else pl.col(name) for name in by]
     keyed = pl.concat([rows.select(groups), sums], how="horizontal") if by else sums
-    adds = [pl.len().cast(pl.Int64).alias("calls"), *(pl.col(name).sum() for name in names)]
+    adds = [pl.len().cast(pl.Int64).alias("calls"), *(pl.col(name).sum() for name in BILLED)]
     frame = keyed.group_by(by).agg(adds).sort(by, nulls_last=True) if by else keyed.select(adds)
     return Accounts(frame, tuple(by), baseline)
 
@@ -152,9 +116,3 @@ def spend_frame(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
 def cents(nano: int) -> Decimal:
     """Nano-dollars as dollars and whole cents."""
     return (Decimal(nano) / _NANO).quantize(Decimal("0.01"), ROUND_HALF_EVEN)
-
-
-def _nano(usd: Decimal) -> int:
-    if not math.isfinite(usd):
-        raise InputError("a cost in the log is not a number: set such rows aside with `router-ml import`")
-    return int((usd * _NANO).quantize(Decimal(1), ROUND_HALF_EVEN))

@@ -34,8 +34,10 @@ class Violation:
     problem: str
 
 
-def note(connection: sa.Connection, kind: str, who: str, time_us: int, after: Mapping[str, Any]) -> bool:
-    """Appends what `kind` is since `time_us`, with what it was before; False where that is the same.
+def note(
+    connection: sa.Connection, kind: str, who: str, time_us: int, after: Mapping[str, Any], reason: str | None = None
+) -> bool:
+    """Appends what `kind` is since `time_us`, with what it was before, and why; False where that is the same.
 
     No note is older than the one before it, whatever the clock says: the latest is what the next is held against.
     """
@@ -46,13 +48,13 @@ def note(connection: sa.Connection, kind: str, who: str, time_us: int, after: Ma
     content = json.dumps(after, sort_keys=True)
     if before == content:
         return False
-    row = {"change_id": new_id(), "time_us": max(time_us, since + 1), "kind": kind, "who": who}
+    row = {"change_id": new_id(), "time_us": max(time_us, since + 1), "kind": kind, "who": who, "reason": reason}
     connection.execute(CHANGES.insert(), {**row, "before": before, "after": content})
     return True
 
 
 def changes(engine: sa.Engine) -> list[dict[str, Any]]:
-    """All changes, oldest first: time_us, kind, who, before, after."""
+    """All changes, oldest first: time_us, kind, who, before, after, reason."""
     with engine.connect() as connection:
         found = connection.execute(sa.select(CHANGES).order_by(CHANGES.c.time_us, CHANGES.c.change_id)).mappings().all()
     return [

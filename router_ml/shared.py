@@ -95,8 +95,10 @@ def read(engine: sa.Engine, since: int) -> News:
     return News(tuple(circuits), policy, rows[-1][2] if rows else since)
 
 
-def put_policy(engine: sa.Engine, policy: Policy, who: str, expected: frozenset[str] | None = None) -> None:
-    """Stores the policy of all processes, and notes in the audit log `who` did it; the default one takes it away.
+def put_policy(
+    engine: sa.Engine, policy: Policy, who: str, expected: frozenset[str] | None = None, reason: str | None = None
+) -> None:
+    """Stores the policy of all processes, and notes in the audit log `who` did it and why; the default takes it away.
 
     Raises StaleVersionError when the version that is stored is none of `expected` (None: whatever it is).
     """
@@ -114,7 +116,7 @@ def put_policy(engine: sa.Engine, policy: Policy, who: str, expected: frozenset[
             _serial(connection) + 1,
             "null" if policy.version == default else json.dumps(content),
         )
-        audit.note(connection, "policy", who, time.time_ns() // 1000, content)
+        audit.note(connection, "policy", who, time.time_ns() // 1000, content, reason)
 
 
 def tell_spent(engine: sa.Engine, process: str, sums: Mapping[tuple[str, str], int]) -> None:

@@ -225,38 +225,38 @@ class Store:
 
     def changes(self) -> list[dict[str, Any]]:
         """The audit log, oldest first: see `audit.changes`."""
-        return audit.changes(self._engine)
+        return audit.changes(self.engine)
 
     def decisions(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The decisions from `since_us` (microseconds since 1970) on, oldest first, as the table's columns."""
-        return (row for page in pages(self._engine, DECISIONS, since_us) for row in page)
+        return (row for page in pages(self.engine, DECISIONS, since_us) for row in page)
 
     def shadows(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """What the other bundle would have decided, from `since_us` on, oldest first, as the table's columns."""
-        return (row for page in pages(self._engine, SHADOWS, since_us) for row in page)
+        return (row for page in pages(self.engine, SHADOWS, since_us) for row in page)
 
     def decision(self, decision_id: str) -> dict[str, Any] | None:
         """One stored decision as the table's columns; None where it is not known."""
-        return find_decision(self._engine, decision_id)
+        return find_decision(self.engine, decision_id)
 
     def session_model(self, key: str | None, tenant: str | None, session: str, since_us: int) -> tuple[str, int] | None:
         """The model that a session is with, and since when: see `stored.session_model`."""
-        return session_model(self._engine, key, tenant, session, since_us)
+        return session_model(self.engine, key, tenant, session, since_us)
 
     def outcomes(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """The outcomes that arrived from `since_us` on, oldest first, as the table's columns."""
-        return (row for page in pages(self._engine, OUTCOMES, since_us) for row in page)
+        return (row for page in pages(self.engine, OUTCOMES, since_us) for row in page)
 
     def iter_log_rows(self, since_us: int = 0) -> Iterator[dict[str, Any]]:
         """One row per decision with what its outcomes reported, oldest first; see `router_ml.stored.log_row`."""
-        return log_rows(self._engine, since_us)
+        return log_rows(self.engine, since_us)
 
     def counts(self) -> dict[str, int]:
         """How many decisions and outcomes are stored, and how many outcomes belong to no stored decision."""
-        return counts(self._engine)
+        return counts(self.engine)
 
     @property
-    def _engine(self) -> sa.Engine:
+    def engine(self) -> sa.Engine:
         """The database, opened when it is first needed. Raises InputError while it is away."""
         with self._opening:
             if self._opened is None:
@@ -274,14 +274,14 @@ class Store:
             self._wake.wait(RETRY_SECONDS if self._changes else None)
             self._wake.clear()
             ending = self._closing
-            self._outcomes.write(lambda: self._engine, self.spool, self._progress.position)
+            self._outcomes.write(lambda: self.engine, self.spool, self._progress.position)
             self._note_changes()
 
     def _note_changes(self) -> None:
         """Appends what waits for the audit log, unless the database is away."""
         while self._changes:
             try:
-                with self._engine.begin() as connection:
+                with self.engine.begin() as connection:
                     audit.note(connection, *self._changes[0])
             except Exception as error:  # noqa: BLE001 (whatever a driver raises must not end the writer)
                 if not is_bad_row(error) or isinstance(error, InputError):  # a server that only reads, for one

@@ -110,6 +110,7 @@ CHANGES = sa.Table(
     sa.Column("who", sa.String, nullable=False),
     sa.Column("before", sa.Text),
     sa.Column("after", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),  # why, where who did it said so
 )
 SHARED = sa.Table(
     "shared",

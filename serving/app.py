@@ -25,6 +25,9 @@ from router_ml.store import Store, default_spool
 from serving import endpoints, problems
 from serving.challenger import Challenger
 from serving.connections import BoundedProtocol
+from serving.console import api as console
+from serving.console import pages
+from serving.console.tradeoff_file import TradeOffFile
 from serving.follower import Follower
 from serving.health import Health
 from serving.keys import ApiKeys
@@ -78,7 +81,7 @@ def create_app(settings: Settings) -> Front:
         metrics.registry.register(shadow)
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
-        follower=follower, tracing=_tracing(settings), shadow=shadow,
+        follower=follower, tracing=_tracing(settings), shadow=shadow, tradeoff=TradeOffFile(settings.tradeoff),
     )  # fmt: skip
     shared.heard = service.heard
 
@@ -138,9 +141,11 @@ def create_app(settings: Settings) -> Front:
         },
     )
     app.state.service = service
-    problems.install(app, [*endpoints.api.routes, *endpoints.health.routes])
+    problems.install(app, [*endpoints.api.routes, *endpoints.health.routes, *console.api.routes, *pages.ROUTES])
     app.take(endpoints.api)
     app.include_router(endpoints.health)
+    app.include_router(console.api)
+    app.router.routes.extend(pages.ROUTES)
     return app
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from typing import Any, cast
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -63,7 +64,7 @@ _STORED: dict[int | str, dict[str, Any]] = {
 _METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 _NOT_LOADED: dict[int | str, dict[str, Any]] = {503: {"description": "It does not load", "content": _CONTENT}}
 _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="x-api-key", auto_error=False))]
-_ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN = ({"x-scope": scope} for scope in SCOPES)
+_ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN, _ = ({"x-scope": scope} for scope in SCOPES)
 _IDEMPOTENT = _OUTCOMES | {
     "parameters": [
         {"name": "idempotency-key", "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": 256}}
@@ -80,7 +81,14 @@ _SET_POLICY = _ADMIN | {
             "required": False,
             "schema": {"type": "string"},
             "description": "The version that is to be replaced, as GET /policy answers it; otherwise whatever it is.",
-        }
+        },
+        {
+            "name": "x-change-reason",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "Why, for the audit log; percent-encoded UTF-8 of at most 500 characters.",
+        },
     ]
 }
 _PUT: dict[int | str, dict[str, Any]] = {
@@ -237,7 +245,10 @@ async def _put_policy(request: Request, put: Policy) -> PolicyAnswer:
         None if given.strip() == "*" else frozenset(v.strip().removeprefix("W/").strip('"') for v in given.split(","))
     )
     who = "anyone" if caller is None else caller.name
-    await asyncio.to_thread(service.shared.put_policy, put, who, expected)
+    reason = unquote(request.headers.get("x-change-reason", "")).strip() or None
+    if reason is not None and (len(reason) > 500 or "\0" in reason):
+        raise InputError("an x-change-reason has at most 500 characters, and no NUL")
+    await asyncio.to_thread(service.shared.put_policy, put, who, expected, reason)
     return _policy_in_force(request)
 
 

@@ -19,7 +19,7 @@ from router_ml.types import RouteRequest
 from serving.problems import ProblemError
 
 KEYS_VARIABLE = "ROUTER_ML_API_KEYS"
-SCOPES = ("route", "outcomes", "health", "admin")
+SCOPES = ("route", "outcomes", "health", "admin", "read")
 _LISTS = ("scopes", "models", "tiers", "data_classes")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -103,7 +103,9 @@ class ApiKey:
         return replace(request, **changes) if changes else request
 
     def may(self, scope: str | None) -> None:
-        """Raises ProblemError (403) when the key lacks the scope."""
+        """Raises ProblemError (403) when the key lacks the scope; who may change things may read them, too."""
+        if scope == "read" and "admin" in self.scopes:
+            return
         if scope is not None and scope not in self.scopes:
             raise ProblemError(403, "forbidden", f"this needs a key of the scope '{scope}'")
 

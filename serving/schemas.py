@@ -291,6 +291,7 @@ class ChangeAnswer(TypedDict):
     who: str
     before: dict[str, Any] | None
     after: dict[str, Any]
+    reason: str | None
 
 
 class ChangesAnswer(TypedDict):

@@ -18,6 +18,7 @@ from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
 from serving.capacity import Capacity
+from serving.console.tradeoff_file import TradeOffFile
 from serving.embedding import Stand
 from serving.follower import Follower
 from serving.health import FAILED, Health
@@ -65,6 +66,7 @@ class Service:
     """What follows a registry's alias, where one is followed."""
     shadow: Shadow | None = None
     """What scores requests with a challenger, where there may be one."""
+    tradeoff: TradeOffFile = field(default_factory=lambda: TradeOffFile(None))
     capacity: Capacity = field(default_factory=Capacity)
     draining: bool = False
     _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES))

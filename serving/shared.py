@@ -118,7 +118,9 @@ class Shared:
         self._unclear.append(Unclear(outcome_id, outcome, key, call, time.monotonic()))
         self._wake.set()
 
-    def put_policy(self, policy: Policy, who: str, expected: frozenset[str] | None = None) -> None:
+    def put_policy(
+        self, policy: Policy, who: str, expected: frozenset[str] | None = None, reason: str | None = None
+    ) -> None:
         """Stores the policy for all processes and takes it up here. Blocks: call it off the event loop.
 
         Raises StaleVersionError when another than one of the `expected` versions is stored, StoreError when the
@@ -126,7 +128,7 @@ class Shared:
         """
         try:
             with self._turn:
-                put_policy(self._open(), policy, who, expected)
+                put_policy(self._open(), policy, who, expected, reason)
             self.round()
         except (sa.exc.SQLAlchemyError, InputError) as error:
             log.error("the policy is not stored: %s", type(error).__name__)

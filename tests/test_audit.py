@@ -69,7 +69,7 @@ def test_the_database_itself_keeps_what_was_noted(store_url: str) -> None:
     assert store.flush()
     assert [c["who"] for c in store.changes()] == ["me", "you"]
     for statement in ("update changes set who = 'nobody'", "delete from changes"):
-        with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.engine.begin() as connection:
             connection.exec_driver_sql(statement)
     if store_url.startswith("sqlite"):
         columns = "change_id, time_us, kind, who, before, after"
@@ -78,7 +78,7 @@ def test_the_database_itself_keeps_what_was_noted(store_url: str) -> None:
             f"insert or replace into changes select {values} from changes",
             f"insert or replace into changes (rowid, {columns}) select rowid, {values} from changes",
         ):
-            with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+            with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.engine.begin() as connection:
                 connection.exec_driver_sql(statement)
     assert [c["who"] for c in store.changes()] == ["me", "you"]
     store.close()
@@ -97,7 +97,7 @@ def residency(store: str, *options: str) -> tuple[int, str]:
 
 
 def alter(live: Running, sql: str, **values: str) -> None:
-    with live.service.store._engine.begin() as connection:
+    with live.service.store.engine.begin() as connection:
         connection.execute(sa.text(sql), values)
 
 

@@ -8,7 +8,8 @@ worse and what would change for whom.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -180,7 +181,13 @@ class TradeOff:
         aside.replace(path)
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # threads that wait for a busy core only spin
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    with threadpool_limits(limits=1, user_api="blas"):  # threads that wait for a busy core only spin
+        yield
+
+
+@_one_thread()
 def tradeoff(
     router: Router,
     log: pl.DataFrame,

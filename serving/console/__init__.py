@@ -1,0 +1,1 @@
+"""The console at /console: what a product owner sees and sets."""

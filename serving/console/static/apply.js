@@ -1,0 +1,131 @@
+// Apply: a new policy version with a reason, after its diff and, where a promise gets weaker, a question; and the way back.
+
+import { complain, h, say, table, when } from "./dom.js";
+import { get, policyInForce, putPolicy } from "./http.js";
+
+export function flat(value, path = "") {
+  if (value === null || typeof value !== "object") return { [path]: JSON.stringify(value) };
+  const entries = Object.entries(value);
+  if (!entries.length) return { [path]: Array.isArray(value) ? "[]" : "{}" };
+  return Object.assign({}, ...entries.map(([name, each]) => flat(each, path ? `${path}.${name}` : name)));
+}
+
+export function diff(before, after) {
+  const [old, fresh] = [flat(before ?? {}), flat(after ?? {})];
+  const names = [...new Set([...Object.keys(old), ...Object.keys(fresh)])].sort();
+  return names.filter((name) => old[name] !== fresh[name]).map((name) => ({ name, old: old[name] ?? "—", fresh: fresh[name] ?? "—" }));
+}
+
+function diffTable(caption, before, after) {
+  return table(caption, [["setting", (d) => h("code", null, d.name)], ["before", (d) => d.old, true], ["after", (d) => d.fresh, true]],
+    diff(before, after), "no difference");
+}
+
+function withDial(policy, tier, value) {
+  const old = policy.tiers[tier];
+  const fresh = typeof old === "object" ? { ...old, min_probability: value } : value;
+  return { ...policy, tiers: { ...policy.tiers, [tier]: fresh } };
+}
+
+// `policy` is what is in force with its etag. `chosen(tier, value, weaker)` says what would be applied (null: nothing).
+export function applyPanel(me, policy, tradeoff) {
+  let now = policy;
+  let picked = { tier: null, value: null, weaker: [] };
+  const preview = h("div", { id: "diff" });
+  const asked = h("div", { id: "gate", class: "warning", hidden: true });
+  const sure = h("input", { id: "sure", type: "checkbox" });
+  const reason = h("textarea", { id: "reason", required: true, maxlength: 500, "aria-describedby": "reason-note" });
+  const button = h("button", { class: "primary", id: "apply" }, "Apply");
+  const history = h("div", { id: "history" });
+  const why = me.may_apply ? null : me.policy_file
+    ? `The file ${me.policy_file} sets the policy: change it there.` : "This key may read and not change: applying needs one of the scope admin.";
+
+  function next() {
+    return picked.tier && picked.tier in now.policy.tiers ? withDial(now.policy, picked.tier, picked.value) : null;
+  }
+
+  function show() {
+    const after = next();
+    const differs = after !== null && diff(now.policy, after).length > 0;
+    preview.replaceChildren(after ? diffTable(`Policy ${now.version}, in force, and what would follow it`, now.policy, after)
+      : h("p", { class: "note" }, picked.tier ? `The policy in force has no tier ${picked.tier}.` : "Nothing is chosen."));
+    const question = differs && picked.weaker.length > 0;
+    asked.hidden = !question;
+    if (question) {
+      asked.replaceChildren(h("p", null, "A promise would be weaker than the promotion gate allows:"),
+        h("ul", null, picked.weaker.map((each) => h("li", null, each))),
+        h("p", null, sure, " ", h("label", { for: "sure" }, "Apply it all the same; the reason below says why")));
+    } else {
+      sure.checked = false;
+    }
+    button.disabled = !me.may_apply || !differs;
+  }
+
+  async function put(body, text, done) {
+    button.disabled = true;
+    try {
+      const made = await putPolicy(body, now.etag, text);
+      now = await policyInForce();
+      reason.value = "";
+      sure.checked = false;
+      say(`${done}: policy ${made.version} is in force since ${when(Date.now() * 1000)}, in every process within 2 seconds.`);
+    } catch (problem) {
+      if (problem.status !== 412) {
+        complain(`Not saved: ${problem.message}.`);
+      } else {
+        now = await policyInForce();
+        complain(`Not saved: somebody has changed the policy meanwhile, version ${now.version} is in force now. The difference below is ` +
+          "against that one: look again, then apply.");
+      }
+    }
+    document.getElementById("served").dispatchEvent(new Event("refresh"));
+    show();
+    await past();
+  }
+
+  async function past() {
+    const { changes } = await get("/console/api/changes");
+    const policies = changes.filter((each) => each.kind === "policy").reverse();
+    const lines = policies.slice(0, 10).map((each, i) => {
+      const back = i === 0 && each.before && each.after.version === now.version && me.may_apply;
+      return { ...each, undo: back && h("button", { class: "undo", type: "button",
+        onclick: () => put(each.before.policy, `undo of ${each.after.version}`, "Undone") }, `Undo, back to ${each.before.version}`) };
+    });
+    history.replaceChildren(h("h3", null, "Versions of the policy"),
+      table("From the audit log, the newest first", [
+        ["version", (c) => h("code", null, c.after.version)], ["since", (c) => when(c.time_us)], ["who", (c) => c.who],
+        ["why", (c) => c.reason ?? "no reason given"],
+        ["what", (c) => (c.before ? diff(c.before.policy, c.after.policy).map((d) => h("div", null, `${d.name}: ${d.old} → ${d.fresh}`)) : "the first that was noted")],
+        ["", (c) => c.undo || ""],
+      ], lines));
+  }
+
+  const form = h("form", { novalidate: true, onsubmit: (event) => {
+    event.preventDefault();
+    const body = next();
+    if (!body) return;
+    if (!reason.value.trim()) {
+      complain("Say why: the reason is kept with the version.");
+      reason.focus();
+    } else if (!asked.hidden && !sure.checked) {
+      complain("A promise would be weaker than the gate allows: confirm it above the reason, or choose another setting.");
+      sure.focus();
+    } else {
+      put(body, reason.value.trim(), "Applied");
+    }
+  } }, preview, asked, me.may_apply && h("div", null, h("label", { for: "reason" }, "Why"), reason,
+    h("p", { class: "note", id: "reason-note" }, "Kept with the version in the audit log, at most 500 characters.")), h("p", null, button));
+
+  return {
+    chosen(tier, value, weaker) {
+      picked = { tier: tier?.name ?? null, value, weaker };
+      show();
+    },
+    async element() {
+      show();
+      await past();
+      return h("section", { class: "apply", "aria-label": "Apply" }, h("h3", null, "Apply"), why && h("p", { class: "note", id: "why-not" }, why),
+        tradeoff ? form : null, history);
+    },
+  };
+}
