@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 @CONFIDENCE
 @click.option("--out", required=True, type=PathArg, help="Where to write it, JSON: for router-ml serve --tradeoff.")
 @click.option("--keep-prompts", is_flag=True, help="Take the beginnings of some requests' texts along as examples.")
+@click.option(
+    "--setting", "settings", multiple=True, type=click.FloatRange(0, 1),
+    help="Judge this least probability, beside those of the tiers, instead of some thirty; may be repeated.",
+)  # fmt: skip
 @click.option("--most-rows", default=20_000, show_default=True, type=click.IntRange(1), help="The newest of the rows.")
 @PLOT
 def tradeoff(
     bundle: Path, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None, cluster: str,
-    confidence: float, out: Path, keep_prompts: bool, most_rows: int, plot: Path | None,
+    confidence: float, out: Path, keep_prompts: bool, settings: tuple[float, ...], most_rows: int, plot: Path | None,
 ) -> None:  # fmt: skip
     """Judge some thirty settings of the dial on a log: quality, cost, latency, who would be sent elsewhere.
 
@@ -43,6 +47,7 @@ def tradeoff(
     """
     from features.load import load_router
     from router_ml.bundle import read_bundle
+    from training.tradeoff import SETTINGS
     from training.tradeoff import tradeoff as judge
 
     under = policy_under(policy, store)
@@ -52,7 +57,7 @@ def tradeoff(
         rows = _with_tiers(rows, store, router.policy)
     found = judge(
         router, rows, read_bundle(bundle).manifest, since=since, cluster=cluster, confidence=confidence,
-        keep_prompts=keep_prompts, most_rows=most_rows,
+        keep_prompts=keep_prompts, most_rows=most_rows, settings=settings or SETTINGS,
     )  # fmt: skip
     found.write(out)
     write_plot(plot, found.plot)

@@ -30,6 +30,7 @@ from serving.problems import ProblemError
 
 KEEP_SECONDS = 30.0
 LEAST_OUTCOMES = 30
+LEAST_OF_A_KIND = 5
 SECONDS = 300.0
 _FAILED = ("error", "timeout", "rate_limited", "cancelled")
 _kept: OrderedDict[str, tuple[float, dict[str, Any]]] = OrderedDict()
@@ -75,7 +76,8 @@ def sums(url: str, since_us: int, baseline: str, model_version: str, threshold: 
 
     `promises` has a row a model that served as chosen: `n` outcomes of the bundle's own decisions, mean `p_ok`, share
     `ok` of answers of at least `threshold`, and `residual`, their difference, as (value, low, high) of all, of the
-    `older` and the `newer` half: drift is where these differ. Null below 30 outcomes. Sessions are drawn whole.
+    `older` and the `newer` half: drift is where these differ. Null below 30 outcomes, or 5 of either kind: an interval
+    around what always came out the same says too much. Sessions are drawn whole.
     """
     engine = open_database(url)
     cards = {
@@ -121,7 +123,8 @@ def _promises(engine: sa.Engine, model_version: str, threshold: float, since_us:
 
 
 def _residual(rows: list[tuple[float, float, str]]) -> list[float] | None:
-    if len(rows) < LEAST_OUTCOMES:
+    good = sum(ok for _, ok, _ in rows)
+    if len(rows) < LEAST_OUTCOMES or min(good, len(rows) - good) < LEAST_OF_A_KIND:
         return None
     values = np.array([[ok - p] for p, ok, _ in rows])
     _, cluster = np.unique([group for _, _, group in rows], return_inverse=True)

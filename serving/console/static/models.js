@@ -26,7 +26,7 @@ export async function modelsView() {
       ["model", (m) => m.id], ["provider", (m) => m.provider], ["tier", (m) => m.tier],
       ["input, USD a million tokens", (m) => price(m.input_usd_per_mtok), true], ["cached input", (m) => price(m.cached_input_usd_per_mtok), true],
       ["output", (m) => price(m.output_usd_per_mtok), true],
-      ["circuit", (m) => (m.down ? h("span", { class: "worse" }, `${m.circuit}: ${m.down}`) : m.circuit)],
+      ["health", (m) => (m.down ? h("span", { class: "worse" }, `circuit ${m.circuit}: ${m.down}`) : `serves (circuit ${m.circuit})`)],
       ["data classes", (m) => (m.data_classes ?? ["public"]).join(", ")], ["regions", (m) => (m.regions ?? []).join(", ")],
       ["keys that may not", (m) => m.not_for_keys.join(", ") || "none"],
     ], found.models),

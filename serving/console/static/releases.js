@@ -14,11 +14,12 @@ function what(change) {
 function gate(change) {
   const found = change.after.gate;
   if (!found) return change.kind === "registry" && change.after.action === "promote" ? "not judged" : "";
-  const conditions = found.conditions ?? [];
+  const conditions = Object.entries(found.conditions ?? {});
   return h("details", null,
     h("summary", { class: found.passed ? "better" : "worse" }, found.passed ? "passed" : found.error ? "not judged" : "not passed"),
     found.error && h("p", null, found.error),
-    h("ul", null, conditions.map((c) => h("li", { class: c.holds ? null : "worse" }, `${c.holds ? "holds" : "fails"}: ${c.name}: ${c.said ?? ""}`))));
+    h("ul", null, conditions.map(([name, c]) => h("li", { class: c.holds ? null : "worse" },
+      `${c.holds ? "holds" : "fails"}: ${name}${c.value === null || c.value === undefined ? "" : ` (${Number(c.value.toPrecision(4))})`}`))));
 }
 
 export async function releasesView(me) {

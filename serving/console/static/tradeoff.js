@@ -188,7 +188,7 @@ export async function tradeoffView(me) {
     h("div", { class: "controls" }, field("Tier whose promise is set", tiers), field("Shown for", scopes), field("Requests a month", monthly)),
     h("p", { class: "note" }, `Requests a month as the log has them: ${count(t.source.requests)} in ${signed(t.source.days, 1).slice(1)} days, times ${t.days_a_month}; change the number to plan for another.`),
     h("div", { class: "slider" }, h("label", { for: "dial" }, "Least probability of an acceptable answer"), slider),
-    h("div", { class: "columns" }, figure, panel), await apply.element(), below);
+    h("div", { class: "columns" }, figure, panel), below, await apply.element());
   draw();
   return page;
 }
