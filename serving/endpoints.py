@@ -20,6 +20,7 @@ from router_ml.policy import Policy
 from serving import canary
 from serving.explained import ExplanationAnswer
 from serving.keys import SCOPES
+from serving.policy_numbers import with_fractions
 from serving.problems import MEDIA_TYPE, ProblemError, problem_of
 from serving.routes import JsonRoute
 from serving.schemas import (
@@ -228,7 +229,7 @@ async def put_policy(body: PolicyBody, request: Request) -> PolicyAnswer:
         name = service.settings.policy.name
         said = f"the file {name} sets the policy: change it there, it is followed; or start the service without it"
         raise ProblemError(409, "policy-file", said)
-    put = Policy.from_json(body.root, "the policy")
+    put = Policy.from_json(with_fractions(body.root), "the policy")
     service.live.live.router.with_policy(put)  # it has to fit the bundle
     return await _put_policy(request, put)
 

@@ -28,7 +28,7 @@ function search(me) {
     const page = await get("/console/api/decisions", { ...asked, after });
     const from = before.length * 50;
     found.replaceChildren(
-      table(`${count(page.total)} decisions in the service's store, ${page.decisions.length ? `${count(from + 1)} to ${count(from + page.decisions.length)}, ` : ""}the newest first; as of ${when(Date.now() * 1000)}`, [
+      table(`${count(page.total)} ${page.total === 1 ? "decision" : "decisions"} in the service's store, ${page.decisions.length ? `${count(from + 1)} to ${count(from + page.decisions.length)}, ` : ""}the newest first; as of ${when(Date.now() * 1000)}`, [
         ["decision", (d) => line(d)[0][1]], ["time", (d) => line(d)[1][1]],
         ["tenant", (d) => d.tenant ?? ""], ["task", (d) => d.task ?? ""], ["tier", (d) => d.tier ?? ""], ["model", (d) => d.model],
         ["expected cost", (d) => usd(d.expected_cost_usd), true], ["dial", (d) => String(d.min_probability), true],
