@@ -34,13 +34,24 @@ SETTINGS = (0.0, 0.3, 0.5, 0.6, 0.65, 0.75, 0.8, 0.9, 0.95)
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=2</script>'
 
 
-@dataclass(frozen=True)
+@dataclass
 class Console:
-    """The service, where it is, and the browser."""
+    """The service, where it is, and what ends with it: the browser, which is started when a test wants it."""
 
     live: Running
     url: str
-    browser: Browser
+    ends: contextlib.ExitStack
+    _browser: Browser | None = None
+
+    @property
+    def browser(self) -> Browser:
+        """Debian's Chromium, headless; skips the test where there is none."""
+        if self._browser is None:
+            at = chromium()
+            playwright = self.ends.enter_context(sync_playwright())
+            self._browser = playwright.chromium.launch(executable_path=at, args=["--no-sandbox"])
+            self.ends.callback(self._browser.close)
+        return self._browser
 
     @property
     def owner(self) -> httpx.Client:
@@ -65,7 +76,6 @@ def chromium() -> str:
 
 @contextlib.contextmanager
 def console(contest: Contest, folder: Path) -> Iterator[Console]:
-    browser_at = chromium()
     bundle = contest.challenger
     found = tradeoff(
         load_router(bundle), contest.log, read_bundle(bundle).manifest, settings=SETTINGS, most_rows=1500,
@@ -75,10 +85,9 @@ def console(contest: Contest, folder: Path) -> Iterator[Console]:
     options: dict[str, Any] = {"api_keys": KEYS, "tradeoff": folder / "tradeoff.json", "store_prompts": "text"}
     with (
         running(bundle, folder / "store.db", **options) as live,
-        sync_playwright() as playwright,
-        contextlib.closing(playwright.chromium.launch(executable_path=browser_at, args=["--no-sandbox"])) as browser,
+        contextlib.ExitStack() as ends,
     ):
-        made = Console(live, str(live.http.base_url).rstrip("/"), browser)
+        made = Console(live, str(live.http.base_url).rstrip("/"), ends)
         _ask_some(made, contest)
         yield made
 

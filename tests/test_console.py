@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Contest
 from console_world import EVIL, OWNER, VIEWER, Console, at, console, many, number, page, set_dial
-from live_service import wait_for
+from live_service import running, wait_for
 from playwright.sync_api import Page, expect
 
 from router_ml.policy import Policy
@@ -32,10 +32,11 @@ def world(contest: Contest, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(autouse=True)
-def _fresh_policy(world: Console) -> Iterator[None]:
+def _fresh_policy(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    with world.owner as http:
-        http.delete("/policy")
+    if "world" in request.fixturenames:
+        with request.getfixturevalue("world").owner as http:
+            http.delete("/policy")
 
 
 def picture(tab: Page, name: str, **options: Any) -> None:
@@ -58,10 +59,10 @@ def test_it_shows_the_frontier_with_its_source_and_asks_no_other_host(world: Con
         assert tab.locator("svg.chart path.today").count() == 1
         assert "Oracle: not identifiable" in tab.locator("figcaption").inner_text()
         assert at(tab) == 0.7 and " to " in tab.locator("#numbers").inner_text()
+        picture(tab, "tradeoff")
         tab.get_by_text("The chart as a table").click()
         rows = tab.locator("details tbody tr")
         assert rows.count() == 11 + 6 + 1
-        picture(tab, "tradeoff")
         assert seen.requests and all(url.startswith(world.url + "/") for url in seen.requests)
         assert seen.errors == []
     said = world.live.http.get("/console")
@@ -134,7 +135,7 @@ def test_scopes_tiers_and_volume(world: Console) -> None:
         judged = tab.locator("#numbers dd").nth(4).inner_text()
         assert number(judged) < 1500
         tab.locator("#tier").select_option("premium")
-        assert at(tab) == 0.85 and "Against today (0.85)" in tab.locator("#numbers").inner_text()
+        assert at(tab) == 0.85 and "Against today (0.85 when" in tab.locator("#numbers").inner_text()
 
 
 def test_apply_reload_follow_and_undo(world: Console) -> None:
@@ -146,7 +147,8 @@ def test_apply_reload_follow_and_undo(world: Console) -> None:
         gate = tab.locator("#gate")
         expect(gate).to_be_visible()
         assert "lower bound has to be -0.02" in gate.inner_text()
-        picture(tab, "apply", full_page=True)
+        if PICTURES:
+            tab.locator("section.apply").screenshot(path=Path(PICTURES) / "apply.png")
         tab.locator("#apply").click()
         assert "Say why" in tab.locator("#alert").inner_text()
         tab.locator("#reason").fill("Costs have to halve: Müller <b>agrees</b>")
@@ -165,8 +167,11 @@ def test_apply_reload_follow_and_undo(world: Console) -> None:
         tab.reload()
         expect(tab.locator("#history")).to_contain_text("Müller <b>agrees</b>")
         expect(tab.locator("main .warning").first).to_contain_text('"today" is the setting of that time')
+        assert at(tab) == 0.3 and tab.locator("svg text", has_text="in force").count() == 1
+        assert tab.locator("svg text", has_text="today when judged").count() == 1
         tab.locator("#history button.undo").click()
         expect(tab.locator("#status")).to_contain_text(f"Undone: policy {before}")
+        expect(tab.locator("svg path.today")).to_have_count(1)
         assert policy(world)["version"] == before
         assert world.live.service.store.changes()[-1]["reason"].startswith("undo of ")
 
@@ -261,7 +266,7 @@ def test_texts_of_requests_are_texts(world: Console) -> None:
         assert tab.locator("main img").count() == 0 and tab.evaluate("window.hit") is None
         tab.locator("details summary").first.click()
         assert tab.locator("details").first.locator("tbody tr").count() > 3, "features with their log odds"
-        picture(tab, "decision")
+        picture(tab, "decision", full_page=True)
         assert seen.errors == []
 
 
@@ -385,3 +390,40 @@ def test_a_file_of_another_bundle_is_shown_as_such_and_a_broken_one_is_not_shown
     first, second = file.state(router)["warnings"]
     assert "bundle another12345" in first and "policy older" in second
     assert TradeOffFile(None).state(router)["problem"].startswith("the service has no trade-off")
+
+
+def test_the_api_reads_either_kind_of_store(tiny_bundle: Path, store_url: str) -> None:
+    with running(tiny_bundle, store_url, store_prompts="text") as live:
+        for i in range(3):
+            body = {"prompt": f"What is 100% of {i}_?", "tenant": "acme", "session": "s", "request_id": f"a_{i}"}
+            assert live.http.post("/route", json=body).status_code == 200
+        rows = live.decisions()
+        told = {"decision_id": rows[0]["decision_id"], "quality": 1.0, "cost_usd": 0.25}
+        assert live.http.post("/outcomes", json=told).status_code == 200
+        assert live.http.post("/outcomes", json={"request_id": "a_1", "latency_ms": 5.0}).status_code == 200
+
+        def found(**query: str) -> list[str]:
+            said = live.http.get("/console/api/decisions", params=query)
+            assert said.status_code == 200, said.text
+            return [row["request_id"] for row in said.json()["decisions"]]
+
+        assert found() == ["a_2", "a_1", "a_0"] and found(id="a_1") == ["a_1"] and found(id="a%") == []
+        assert found(text="100% of 2") == ["a_2"] and found(text="0_") == ["a_0"] and found(tenant="nobody") == []
+        last = f"{rows[1]['time_us']}-{rows[1]['decision_id']}"
+        assert found(after=last) == ["a_0"] and found(explored="1") == []
+        for wrong in ({"after": "x"}, {"colour": "red"}):
+            assert live.http.get("/console/api/decisions", params=wrong).status_code == 422
+        one = live.http.get(f"/console/api/decisions/{rows[1]['decision_id']}").json()
+        assert [o["latency_ms"] for o in one["outcomes"]] == [5.0] and one["explanation"]["candidates"]
+        assert live.http.get("/console/api/decisions/unknown").status_code == 404
+        said = live.http.get("/console/api/sums", params={"days": 1, "baseline": "frontier"})
+        assert said.status_code == 200, said.text
+        sums = said.json()
+        of = {name: i for i, name in enumerate(sums["columns"])}
+        assert sum(row[of["calls"]] for row in sums["rows"]) == 3
+        assert sum(row[of["cost_nano"]] for row in sums["rows"]) == 250_000_000
+        assert live.http.get("/console/api/sums", params={"days": "0"}).status_code == 422
+        assert live.http.get("/console/api/sums", params={"baseline": "nobody"}).status_code == 422
+        me = live.http.get("/console/api/me").json()
+        assert me["key"] is None and me["may_apply"] is True
+        assert live.http.get("/console/api/tradeoff").json()["tradeoff"] is None

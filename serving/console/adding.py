@@ -1,12 +1,13 @@
 """Sums over all stored calls, in a process of their own: decisions are made on this one's interpreter meanwhile.
 
-`python -m serving.console.adding` reads what is asked for from stdin, which may hold a password, and prints JSON.
+`main` reads what is asked for from stdin, which may hold a password, and prints JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ import sqlalchemy as sa
 from router_ml.audit import catalogs
 from router_ml.audit import changes as noted
 from router_ml.catalog import Catalog
+from router_ml.draining import module_command
 from router_ml.errors import InputError, RouterError
 from router_ml.intervals import bootstrap_interval
 from router_ml.ledger import BILLED, Ledger
@@ -33,6 +35,7 @@ LEAST_OUTCOMES = 30
 LEAST_OF_A_KIND = 5
 SECONDS = 300.0
 _FAILED = ("error", "timeout", "rate_limited", "cancelled")
+log = logging.getLogger(__name__)
 _kept: OrderedDict[str, tuple[float, dict[str, Any]]] = OrderedDict()
 _one = asyncio.Semaphore(1)
 
@@ -48,7 +51,7 @@ async def added(asked: Mapping[str, Any]) -> dict[str, Any]:
             return _kept[key][1]
         pipe = asyncio.subprocess.PIPE
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "serving.console.adding", stdin=pipe, stdout=pipe, stderr=pipe,
+            *module_command("serving.console.adding"), stdin=pipe, stdout=pipe, stderr=pipe,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
@@ -62,6 +65,7 @@ async def added(asked: Mapping[str, Any]) -> dict[str, Any]:
                 child.kill()
                 await child.wait()
         if child.returncode:
+            log.error("adding up failed with code %s: %s", child.returncode, _last(said))
             detail = said.decode(errors="replace").strip() if child.returncode == 2 else "see the service's log"
             raise ProblemError(503, "unavailable", f"the calls could not be added up: {detail}")
         found: dict[str, Any] = json.loads(out)
@@ -69,6 +73,12 @@ async def added(asked: Mapping[str, Any]) -> dict[str, Any]:
         while len(_kept) > 8:
             _kept.popitem(last=False)
     return found
+
+
+def _last(said: bytes) -> str:
+    """The kind of the child's error; the rest of a traceback may quote what is stored."""
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1].partition(":")[0] if lines else "it said nothing"
 
 
 def sums(url: str, since_us: int, baseline: str, model_version: str, threshold: float) -> dict[str, Any]:

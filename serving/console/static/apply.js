@@ -27,8 +27,8 @@ function withDial(policy, tier, value) {
   return { ...policy, tiers: { ...policy.tiers, [tier]: fresh } };
 }
 
-// `policy` is what is in force with its etag. `chosen(tier, value, weaker)` says what would be applied (null: nothing).
-export function applyPanel(me, policy, tradeoff) {
+// `policy` is what is in force with its etag, and `changed` is told of what follows it. `chosen(tier, value, weaker)` says what would be applied (null: nothing).
+export function applyPanel(me, policy, tradeoff, changed = () => {}) {
   let now = policy;
   let picked = { tier: null, value: null, weaker: [] };
   const preview = h("div", { id: "diff" });
@@ -79,6 +79,7 @@ export function applyPanel(me, policy, tradeoff) {
       }
     }
     document.getElementById("served").dispatchEvent(new Event("refresh"));
+    changed(now);
     show();
     await past();
   }

@@ -7,7 +7,7 @@ const W = 640, H = 430, LEFT = 56, RIGHT = 16, TOP = 14, BOTTOM = 48;
 function ticks(low, high) {
   const found = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
-    for (const digit of high / low > 30 ? [1] : [1, 2, 5]) {
+    for (const digit of high / low > 300 ? [1] : [1, 2, 5]) {
       const value = digit * 10 ** power;
       if (value >= low && value <= high) found.push(value);
     }
@@ -72,9 +72,9 @@ function mark(level, s, per, kind, name) {
   return [spread, shape, label];
 }
 
-// `scope` and `today` (a position, or null) as in the file; `pick` is told of the position that is chosen by hand.
+// `scope` as in the file; `marks` are [position, name] of settings that are or were in force; `pick` is told of the position that is chosen by hand.
 // The answer's `move(at)` shows another setting: two attributes change, nothing is drawn again.
-export function frontier(scope, today, per, settings, pick) {
+export function frontier(scope, marks, per, settings, pick) {
   const oracle = scope.oracle && { quality: Array(3).fill(scope.oracle.quality), cost_usd: Array(3).fill(scope.oracle.cost_usd) };
   const singles = Object.entries(scope.singles);
   const others = [...singles.map(([, level]) => level), scope.cheapest, ...(oracle ? [oracle] : [])];
@@ -88,7 +88,7 @@ export function frontier(scope, today, per, settings, pick) {
     singles.map(([model, level]) => mark(level, s, per, "single", model)),
     mark(scope.cheapest, s, per, "cheapest", "always cheapest"),
     oracle ? mark(oracle, s, per, "oracle", "oracle") : [],
-    today === null ? [] : mark(scope.settings[today], s, per, "today", "today"), point, handle);
+    marks.map(([at, name]) => mark(scope.settings[at], s, per, "today", name)), point, handle);
   let now = 0;
 
   const nearest = (event) => {

@@ -41,7 +41,7 @@ function numbers(t, scope, tier, at, volume) {
   ];
   if (made) {
     const cost = made.cost_usd && made.cost_usd.map((v) => usd(v * volume));
-    rows.push([`Against today (${t.settings[tier.today]}), ${tier.rows}`, [
+    rows.push([`Against today (${t.settings[tier.today]} when it was judged), ${tier.rows}`, [
       `quality ${change(made.quality)}; cost a month ${cost ? `${made.cost_usd[0] > 0 ? "+" : ""}${cost[0]} (${cost[1]} to ${cost[2]})` : NOT_IDENTIFIABLE}; `,
       `${share(made.changed)} of the requests would go to another model`]]);
   }
@@ -108,7 +108,7 @@ function whole(t, scope, volume) {
       ["policy", ([name]) => name],
       ["quality", ([, l]) => quality(l.quality), true],
       ["cost a month", ([, l]) => (l.cost_usd ? `${usd(l.cost_usd[0] * volume)} (${usd(l.cost_usd[1] * volume)} to ${usd(l.cost_usd[2] * volume)})` : NOT_IDENTIFIABLE), true],
-      ["latency, ms", ([, l]) => (l.latency_ms ? count(l.latency_ms[0]) : NOT_IDENTIFIABLE), true],
+      ["latency, ms", ([, l]) => (l.latency_ms ? `${count(l.latency_ms[0])} (${count(l.latency_ms[1])} to ${count(l.latency_ms[2])})` : NOT_IDENTIFIABLE), true],
     ], rows));
 }
 
@@ -116,7 +116,8 @@ export async function tradeoffView(me) {
   const [found, policy] = await Promise.all([get("/console/api/tradeoff"), policyInForce()]);
   const page = h("div", null, h("h2", null, "Trade-off"));
   const t = found.tradeoff;
-  const apply = applyPanel(me, policy, t);
+  let inForce = policy.policy;
+  const apply = applyPanel(me, policy, t, (now) => { inForce = now.policy; if (t) draw(); });
   if (!t) {
     page.append(h("p", { class: "warning" }, `${found.problem}. It is made with: `, h("code", null, "router-ml tradeoff --bundle BUNDLE --logs LOG --out tradeoff.json")),
       await apply.element());
@@ -126,7 +127,8 @@ export async function tradeoffView(me) {
     ?? t.tiers.find((each) => each.today !== null) ?? t.tiers[0];
   let [tier, scope] = [wanted, t.scopes[wanted.scope]];
   let volume = t.requests_a_month * (scope.by === "tier" ? scope.n / t.scopes[0].n : 1);
-  let at = tier.today ?? 0;
+  const live = () => t.settings.indexOf(inForce.tiers[tier.name]?.min_probability ?? inForce.tiers[tier.name]);
+  let at = live() >= 0 ? live() : tier.today ?? 0;
   let chart = null;
 
   const tiers = h("select", { id: "tier" }, t.tiers.map((each) => h("option", { value: each.name }, each.name)));
@@ -142,8 +144,11 @@ export async function tradeoffView(me) {
 
   function draw() {
     const per = volume;
-    chart = frontier(scope, tier.today, per, t.settings, (picked) => { slider.value = picked; show(picked); });
-    const legend = ["line and band: the dial, with its interval at each setting", "disc: the chosen setting", "diamond: today",
+    const now = live();
+    const marks = now >= 0 && now !== tier.today ? [[now, "in force"]] : [];
+    if (tier.today !== null) marks.unshift([tier.today, marks.length ? "today when judged" : "today"]);
+    chart = frontier(scope, marks, per, t.settings, (picked) => { slider.value = picked; show(picked); });
+    const legend = ["line and band: the dial, with its interval at each setting", "disc: the chosen setting", "diamond: in force today",
       "circles: always one model", "square: always the cheapest"];
     figure.replaceChildren(...[
       chart ? chart.element : h("p", { class: "warning" }, `The frontier is ${NOT_IDENTIFIABLE} on these rows: ${scope.settings[at].why.quality ?? scope.settings[at].why.cost_usd ?? ""}`),
@@ -170,7 +175,7 @@ export async function tradeoffView(me) {
     tier = t.tiers.find((each) => each.name === tiers.value);
     scope = t.scopes[tier.scope];
     scopes.value = String(tier.scope);
-    at = tier.today ?? at;
+    at = live() >= 0 ? live() : tier.today ?? at;
     slider.value = at;
     slider.disabled = tier.today === null;
     rescale();
