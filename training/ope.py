@@ -174,9 +174,7 @@ def evaluate_slices(
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a mean and its interval are taken."""
-
+class Look:  # how a mean and its interval are taken
     estimators: tuple[Estimator, ...]
     confidence: float
     interval: Interval
