@@ -38,6 +38,8 @@ def test_the_wheel_holds_the_product_and_nothing_else(wheel: zipfile.ZipFile) ->
         on_disk = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py")}
         assert on_disk <= names
         assert f"{folder}/py.typed" in names
+    page = {p.relative_to(ROOT).as_posix() for p in (ROOT / "serving" / "console" / "static").iterdir()}
+    assert page <= names and len(page) > 10
     assert not [name for name in names if name.endswith((".pyc", ".db", ".ipynb"))]
 
 
