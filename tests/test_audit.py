@@ -72,7 +72,7 @@ def test_the_database_itself_keeps_what_was_noted(store_url: str) -> None:
         with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.engine.begin() as connection:
             connection.exec_driver_sql(statement)
     if store_url.startswith("sqlite"):
-        columns = "change_id, time_us, kind, who, before, after"
+        columns = "change_id, time_us, kind, who, before, after, reason"
         values = columns.replace("who", "'nobody'")
         for statement in (
             f"insert or replace into changes select {values} from changes",
