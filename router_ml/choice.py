@@ -105,7 +105,8 @@ class Constraints:
         if tokens > self.least_window:
             require(self.context_window >= tokens, f"context window is smaller than the estimated {tokens} tokens")
         if request.max_cost_usd is not None:
-            require(cost_usd <= request.max_cost_usd, f"expected cost is above {request.max_cost_usd:g} USD")
+            most = np.float64(request.max_cost_usd)  # a float would be rounded to float32, up as well as down
+            require(cost_usd <= most, f"expected cost is above {request.max_cost_usd:g} USD")
         if down:
             up = mask & np.array([model not in down for model in self.catalog.ids])
             if up.any():

@@ -19,6 +19,9 @@ NAMES = st.sampled_from(["public", "internal", "secret"])
 REGIONS = st.sampled_from(["us", "eu", "ch"])
 NEEDS = st.sampled_from(["tools", "vision", "json", "telepathy"])
 IDS = [f"m{i}" for i in range(6)]
+CARD = ModelCard(
+    id="m0", provider="acme", tier="mid-closed", input_usd_per_mtok=1.0, output_usd_per_mtok=1.0, context_window=100
+)
 FLOATS = st.floats(0, 1, width=32) | st.just(math.nan)
 COSTS = st.floats(0, 10, width=32) | st.sampled_from([math.nan, math.inf])
 
@@ -72,6 +75,14 @@ def allowed(card: ModelCard, request: RouteRequest, policy: Policy, cost: float,
         and math.ceil(tokens) + (request.max_tokens or 0) <= card.context_window
         and (request.max_cost_usd is None or cost <= request.max_cost_usd)
     )
+
+
+def test_a_limit_between_two_float32_numbers_is_kept() -> None:
+    catalog = Catalog((CARD,))
+    request = RouteRequest(messages=(Message("user", "hello"),), max_cost_usd=1.7)
+    cost = np.array([1.7], dtype=np.float32)
+    assert float(cost[0]) > 1.7
+    assert not Constraints.compile(catalog, Policy()).eligible(request, Policy(), cost, 0.0)[0].any()
 
 
 @settings(max_examples=400, deadline=None)

@@ -336,12 +336,15 @@ def way() -> Iterator[tuple[Relay, str]]:
 
 
 def test_the_first_signal_is_noted_and_the_second_one_ends() -> None:
+    # A shell's background job ignores SIGINT, and what it starts inherits that.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), _until_signal() as came:
         signal.raise_signal(signal.SIGINT)
         assert came == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_a_watch_outlives_registry_and_store_and_ends_by_a_signal(
