@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,13 +23,10 @@ from typing import Any
 
 import httpx
 import psycopg
-import yaml
-from live_service import ROOT, free_port, wait_for
+from litellm_proxy import proxy_process
 from openai_upstream import Upstream, openai_upstream
 from psycopg import sql
 
-KEY = "sk-" + "5f0c" * 16
-QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1", "LITELLM_MASTER_KEY": KEY}
 MODELS = ("small", "large", "flaky", "spare", "silent")
 TABLE = sql.Identifier("LiteLLM_SpendLogs")
 
@@ -106,35 +102,10 @@ def litellm_proxy(
         },
         "general_settings": {"custom_auth": "recorder.caller", "store_prompts_in_spend_logs": prompts},
     }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "recorder.py").write_text(RECORDER)
-    port = free_port()
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [str(bin / "litellm"), "--config", "config.yaml", "--port", str(port), "--host", "127.0.0.1"],
-            cwd=folder,
-            env=os.environ
-            | QUIET
-            | {"SPEND_URL": libpq(url), "PYTHONPATH": str(ROOT), "ROUTER_ML_DEADLINE_S": "5"}
-            | {"ROUTER_ML_URL": router or ""},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            headers = {"authorization": f"Bearer {KEY}"}
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
-
-                def alive() -> bool:
-                    assert process.poll() is None, (folder / "log").read_text()
-                    with contextlib.suppress(httpx.TransportError):
-                        return http.get("/health/liveliness").status_code == 200
-                    return False
-
-                wait_for(alive, 120)
-                yield http
-        finally:
-            process.kill()
-            process.wait()
+    environment = {"SPEND_URL": libpq(url), "ROUTER_ML_URL": router or ""}
+    with proxy_process(bin, folder, config, environment) as http:
+        yield http
 
 
 def libpq(url: str) -> str:

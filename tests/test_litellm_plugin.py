@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from litellm_proxy import QUIET, proxy_process
 from live_service import ROOT, Running, free_port, running, wait_for
 from openai_upstream import Upstream, openai_upstream
 from relay import Relay, relay_to
@@ -23,7 +23,6 @@ from serving.health import HealthSettings
 EASY, HARD = "What is the plural of river cloud engine?", "Prove rigorously that the comet operator is bounded."
 SECRET = "river cloud engine my-secret-prompt-4711"
 MODELS = ("frontier", "mid", "hosted", "local")
-QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1", "LITELLM_MASTER_KEY": "sk-" + "5f0c" * 16}
 # One JSON object a line in, one out. The loop stays free while it waits: outcomes are reported in it.
 SDK = """
 import asyncio, json, sys
@@ -192,36 +191,13 @@ def readme_yaml() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def proxy(litellm_bin: Path, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    folder, port = tmp_path_factory.mktemp("proxy"), free_port()
+    folder = tmp_path_factory.mktemp("proxy")
     settings = router_settings(world.upstream)
     config = readme_yaml() | {"model_list": settings.pop("model_list"), "router_settings": settings}
     config["general_settings"]["custom_auth"] = "keys.caller"
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "keys.py").write_text(KEYS)
-    environment = {"PYTHONPATH": str(ROOT), "ROUTER_ML_URL": world.way.url, "ROUTER_ML_DEADLINE_S": "5"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [str(litellm_bin / "litellm"), "--config", "config.yaml", "--port", str(port), "--host", "127.0.0.1"],
-            cwd=folder,
-            env=os.environ | QUIET | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            headers = {"authorization": f"Bearer {QUIET['LITELLM_MASTER_KEY']}"}
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
-
-                def alive() -> bool:
-                    assert process.poll() is None, (folder / "log").read_text()
-                    with contextlib.suppress(httpx.TransportError):
-                        return http.get("/health/liveliness").status_code == 200
-                    return False
-
-                wait_for(alive, 120)
-                yield Proxy(http, folder / "log")
-        finally:
-            process.kill()
-            process.wait()
+    with proxy_process(litellm_bin, folder, config, {"ROUTER_ML_URL": world.way.url}) as http:
+        yield Proxy(http, folder / "log")
 
 
 @pytest.fixture(params=["sdk", "proxy"])
