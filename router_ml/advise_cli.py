@@ -11,6 +11,7 @@ from router_ml.cost_cli import toml_tables
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, LogPath, PathArg
 from router_ml.tune_cli import CONFIDENCE, JSON, PLOT, write_json, write_plot
+from router_ml.writing import write_aside
 
 if TYPE_CHECKING:
     from router_ml.catalog import Catalog
@@ -75,10 +76,7 @@ def advise(
     click.echo(f"all {found.intervals} intervals hold together with {confidence:.0%}")
     write_json(json_path, found.to_json())
     if csv_path is not None:
-        csv_path.parent.mkdir(parents=True, exist_ok=True)
-        aside = csv_path.with_name(f".{csv_path.name}.tmp")
-        found.to_frame().write_csv(aside)
-        aside.replace(csv_path)
+        write_aside(csv_path, found.to_frame().write_csv())
     write_plot(plot, found.plot)
 
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from router_ml.errors import InputError
-
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
@@ -104,11 +102,9 @@ def _moved(after: dict[str, Any]) -> str:
 
 
 def _opened(store: str) -> sa.Engine:
-    from router_ml.tables import open_database
+    from router_ml.tables import existing, open_database
 
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
-    return open_database(store)
+    return open_database(existing(store))
 
 
 def _time(time_us: int) -> str:

@@ -216,10 +216,9 @@ def explain(decision_id: str, bundle: Path, store: str, neighbours: int, as_json
     from features.load import load_neighbours, load_router
     from router_ml.errors import InputError
     from router_ml.store import Store
+    from router_ml.tables import existing
 
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"no store at {store}: give --store as 'router-ml serve' was given it")
-    row = Store(store).decision(decision_id)
+    row = Store(existing(store)).decision(decision_id)
     if row is None:
         raise InputError(
             f"the store knows no decision {decision_id!r}: check --store, and the id, the answer's 'decision_id'"

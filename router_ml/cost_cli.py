@@ -160,7 +160,7 @@ def _calls(
     from router_ml.catalog import Catalog
     from router_ml.logs import read_log, read_log_info
     from router_ml.stored import spend_rows
-    from router_ml.tables import open_database
+    from router_ml.tables import existing, open_database
 
     if logs is not None:
         log = read_log(logs)
@@ -169,9 +169,7 @@ def _calls(
         raw = read_log_info(logs).get("catalog") if logs.is_dir() else None
         return log, None if raw is None else Catalog.from_json(raw, f"{logs}/log.json")
     assert store is not None
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
-    engine = open_database(store)
+    engine = open_database(existing(store))
     cards = {card.id: card for of in catalogs(noted(engine)).values() for each in of for card in each}
     since_us = int(since.replace(tzinfo=UTC).timestamp() * 1e6) if since else 0
     known = Catalog(tuple(replace(card, sibling=None) for card in cards.values())) if cards else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ _LIMITS = (
     click.option("--min-rows", "rows", default=500, show_default=True, help="How many outcomes there have to be."),
     click.option("--min-clusters", "clusters", default=40, show_default=True, help="How many independent groups."),
 )  # fmt: skip
+_LIMITED = ("quality", "cost", "calibration", "latency", "fresh_days", "rows", "clusters")
 SINCE = click.option("--since", type=click.DateTime(), help="Only rows after this time, UTC.")
 STORE = click.option(
     "--store",
@@ -54,48 +55,46 @@ CLUSTER = click.option(
 )  # fmt: skip
 
 
-def limits(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of `training.gate.Limits`, handed to the command as `limits`, a function that makes them."""
+@dataclass(frozen=True)
+class _Basis:
+    """What a challenger is judged by: the rows, how they are read, and the limits of `training.gate.Limits`."""
+
+    logs: Path | None
+    store: str | None
+    policy: Path | None
+    since: datetime | None
+    cluster: str
+    confidence: float
+    limits: Mapping[str, Any]
+
+
+def judged_by(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what a challenger is judged by, handed to the command as one `basis`."""
 
     @functools.wraps(command)
-    def with_limits(**options: Any) -> None:
-        stated = {
-            name: options.pop(name)
-            for name in ("quality", "cost", "calibration", "latency", "fresh_days", "rows", "clusters")
-        }
-        margins: dict[str, Any] = _margins(options.pop("slice_margins"))
+    def with_basis(**options: Any) -> None:
+        limits: dict[str, Any] = {name: options.pop(name) for name in _LIMITED}
+        named = {field.name: options.pop(field.name) for field in fields(_Basis) if field.name in options}
+        margins = _margins(options.pop("slice_margins"))
+        limits |= {"slice": margins.pop("")} if "" in margins else {}
+        command(**options, basis=_Basis(**named, limits=limits | {"slices": margins}))
 
-        def made() -> Any:
-            from training.gate import Limits
-
-            every = {"slice": margins.pop("")} if "" in margins else {}
-            return Limits(**stated, **every, slices=margins)
-
-        command(**options, limits=made)
-
-    for option in reversed(_LIMITS):
-        with_limits = option(with_limits)
-    return with_limits
+    for option in reversed((LOGS, STORE, POLICY, SINCE, CLUSTER, CONFIDENCE, *_LIMITS)):
+        with_basis = option(with_basis)
+    return with_basis
 
 
 @click.command()
 @click.argument("challenger")
 @click.option("--champion", help="A bundle directory, or NAME@ALIAS or NAME/VERSION; by default NAME@champion.")
-@LOGS
-@STORE
-@POLICY
-@SINCE
-@CLUSTER
-@CONFIDENCE
-@limits
+@judged_by
 @click.option("--html", type=PathArg, help="Write the report as one HTML page.")
 @click.option("--json", "json_path", type=PathArg, help="Write everything as JSON.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the report with a registered version.")
 @TRACKING
 def evaluate(
-    challenger: str, champion: str | None, logs: Path | None, store: str | None, policy: Path | None,
-    since: datetime | None, cluster: str, confidence: float, limits: Callable[[], Any], html: Path | None,
-    json_path: Path | None, keep: bool, tracking_uri: str,
+    challenger: str, champion: str | None, basis: _Basis, html: Path | None, json_path: Path | None, keep: bool,
+    tracking_uri: str,
 ) -> None:  # fmt: skip
     """Compare CHALLENGER with the champion on the newest rows that neither has learnt from.
 
@@ -104,12 +103,13 @@ def evaluate(
 
     Example: router-ml evaluate router --logs logs --html report.html
     """
-    from training.challenge_report import as_html, as_json, as_text, log_report, write_aside
+    from router_ml.writing import write_aside
+    from training.challenge_report import as_html, as_json, as_text, log_report
 
     with _both(tracking_uri, challenger, champion) as (new, old):
         if old is None:
             raise InputError(f"{challenger} has no champion to be compared with: give --champion")
-        found, verdict = _judged(new, old, logs, store, policy, since, cluster, confidence, limits(), tracking_uri)
+        found, verdict = _judged(new, old, basis, tracking_uri)
         click.echo(as_text(found, verdict))
         if html is not None:
             write_aside(html, as_html(found, verdict))
@@ -122,22 +122,14 @@ def evaluate(
 @click.command()
 @click.argument("name")
 @click.argument("version", required=False)
-@LOGS
-@STORE
-@POLICY
-@SINCE
-@CLUSTER
-@CONFIDENCE
-@limits
+@judged_by
 @click.option("--force", is_flag=True, help="Promote whatever the conditions say; needs --reason and --store.")
 @click.option("--reason", help="Why; kept with the version and in the audit log.")
 @WHO
 @TRACKING
 def promote(
-    name: str, version: str | None, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    cluster: str, confidence: float, limits: Callable[[], Any], force: bool, reason: str | None, who: str,
-    tracking_uri: str,
-) -> None:  # fmt: skip
+    name: str, version: str | None, basis: _Basis, force: bool, reason: str | None, who: str, tracking_uri: str
+) -> None:
     """Make VERSION of NAME (by default its challenger) the champion, if every condition holds.
 
     It is compared with the champion on the newest rows that neither has learnt from. The one before stays under the
@@ -149,7 +141,7 @@ def promote(
     from training.challenge_report import conditions_text, log_report
     from training.gate import Verdict, golden_rows, taken_back
 
-    if force and (not (reason or "").strip() or store is None):
+    if force and (not (reason or "").strip() or basis.store is None):
         raise InputError("--force needs --reason, which is kept, and --store, whose audit log is told")
     wanted = registry.resolve(tracking_uri, name, "challenger").version if version is None else version
     verdict: Any = None
@@ -158,7 +150,7 @@ def promote(
         before = "" if old is None or old.version is None else old.version.version
         if before == new.version.version:
             raise InputError(f"{name} version {before} is the champion already")
-        if logs is None and store is None and old is not None:
+        if basis.logs is None and basis.store is None and old is not None:
             raise InputError(
                 "nothing to judge by: give the newest rows with --logs LOG or --store FILE, or overrule the gate with "
                 "--force --reason TEXT --store FILE"
@@ -169,10 +161,8 @@ def promote(
                 click.echo(f"{name} has no champion: there is nothing to compare version {wanted} with")
                 back = rollout.rolled_back(tracking_uri, name, new.version.version)
                 verdict = Verdict((golden_rows(new.bundle), *([] if back is None else [taken_back(back)])))
-            elif logs is not None or not force:
-                found, verdict = _judged(
-                    new, old, logs, store, policy, since, cluster, confidence, limits(), tracking_uri
-                )
+            elif basis.logs is not None or not force:
+                found, verdict = _judged(new, old, basis, tracking_uri)
                 log_report(tracking_uri, new.version, found, verdict)
             gate = None if verdict is None else verdict.to_json()
         except RouterError as error:
@@ -186,7 +176,15 @@ def promote(
             click.echo(f"{name} version {wanted} is not promoted: {failed}", err=True)
             sys.exit(1)
         moved = rollout.promote(
-            tracking_uri, name, wanted, who=who, reason=reason, forced=force, gate=gate, store=store, expected=before
+            tracking_uri,
+            name,
+            wanted,
+            who=who,
+            reason=reason,
+            forced=force,
+            gate=gate,
+            store=basis.store,
+            expected=before,
         )
     said = f"; version {moved.before} was it before" if moved.before is not None else ""
     click.echo(f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}")
@@ -239,18 +237,17 @@ def _named(uri: str, address: str, alias: str, to: Path) -> _Named:
     return _Named(registry.download(uri, name, version.version, to), version)
 
 
-def _judged(
-    new: _Named, old: _Named, logs: Path | None, store: str | None, policy: Path | None, since: datetime | None,
-    cluster: str, confidence: float, limits: Any, uri: str,
-) -> tuple[Any, Any]:  # fmt: skip
+def _judged(new: _Named, old: _Named, basis: _Basis, uri: str) -> tuple[Any, Any]:
+    """What the log says of the challenger, and the verdict."""
     from router_ml.rollout import rolled_back
     from training.challenge import Contender, challenge
-    from training.gate import judge
+    from training.gate import Limits, judge
 
-    rows = log_rows(logs, None if logs is not None else store)
-    under = policy_under(policy, store)
+    limits = Limits(**basis.limits)
+    rows = log_rows(basis.logs, None if basis.logs is not None else basis.store)
+    under = policy_under(basis.policy, basis.store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
-    found = challenge(champion, challenger, rows, since=since, cluster=cluster, confidence=confidence)
+    found = challenge(champion, challenger, rows, since=basis.since, cluster=basis.cluster, confidence=basis.confidence)
     before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
     verdict = judge(found, champion.router, challenger.router, bundle=new.bundle, limits=limits, rolled_back=before)
     return found, verdict
@@ -260,15 +257,13 @@ def policy_under(file: Path | None, store: str | None) -> Policy | None:
     """The policy that is judged under: the file's, else the one in force at the store's services, else the default."""
     from router_ml.audit import changes
     from router_ml.policy import Policy
-    from router_ml.tables import open_database
+    from router_ml.tables import existing, open_database
 
     if file is not None:
         return Policy.load(file)
     if store is None:
         return None
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
-    noted = [change["after"] for change in changes(open_database(store)) if change["kind"] == "policy"]
+    noted = [change["after"] for change in changes(open_database(existing(store))) if change["kind"] == "policy"]
     if not noted:
         click.echo("the store has noted no policy: the default one is judged under, or give --policy", err=True)
         return None

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router_ml.errors import InputError, MovedError, NoWayBackError, RegistryError
@@ -44,6 +42,7 @@ from router_ml.reigns import (
     rolled_back,
     time_of,
 )  # fmt: skip
+from router_ml.writing import finite
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -96,7 +95,7 @@ def promote(
         raise InputError("a forced promotion needs a reason: say why the gate is overruled")
     if forced and store is None:
         raise InputError("a forced promotion is noted in the audit log: give the service's store, SQLite file or URL")
-    judged = None if gate is None else _finite(dict(gate))
+    judged = None if gate is None else finite(dict(gate))
     engine = None if store is None else _opened(store)
     client = connect(uri)
     with reported(uri), locked(uri):
@@ -238,20 +237,9 @@ def _note(engine: sa.Engine, who: str, time_us: int, content: Mapping[str, Any])
 
 
 def _opened(store: str) -> sa.Engine:
-    from router_ml.tables import open_database
+    from router_ml.tables import existing, open_database
 
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"there is no store at {store}: give the one of the service, SQLite file or URL")
-    return open_database(store)
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON does not know: some databases refuse them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return open_database(existing(store))
 
 
 def _line(text: str | None) -> str | None:

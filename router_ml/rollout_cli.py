@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -147,12 +146,10 @@ class _Watcher:
 
     def open(self) -> sa.Engine:
         """The store. Raises InputError, of the kind UnreachableError while its server is away."""
-        from router_ml.tables import open_database
+        from router_ml.tables import existing, open_database
 
         if self._engine is None:
-            if "://" not in self.store and not Path(self.store).is_file():
-                raise InputError(f"there is no store at {self.store}: give the one of the service, --store FILE or URL")
-            self._engine = open_database(self.store)
+            self._engine = open_database(existing(self.store))
         return self._engine
 
     def look(self) -> int:

@@ -134,6 +134,13 @@ SPENT = sa.Table(  # what budgets have spent, as each process counts its own dec
 _PATIENCE = {"connect_timeout": 3, "tcp_user_timeout": 5000, "keepalives_idle": 10, "keepalives_interval": 5}
 
 
+def existing(store: str) -> str:
+    """The same address; SQLite would make an empty store of a mistyped path. Raises InputError where no file is."""
+    if "://" not in store and not Path(store).is_file():
+        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
+    return store
+
+
 def open_database(url: str) -> sa.Engine:
     """An engine on `url` (an SQLAlchemy URL or the path of an SQLite file) whose tables exist, with all their columns.
 

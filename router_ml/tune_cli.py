@@ -12,6 +12,7 @@ import click
 
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, PathArg
+from router_ml.writing import finite, write_aside
 
 if TYPE_CHECKING:
     import polars as pl
@@ -96,7 +97,7 @@ def tune(
             "chosen": None if found.chosen is None else found.chosen._asdict(),
             "rows": found.rows, "considered": found.considered, "informative": found.informative,
             "max_weight": found.max_weight, "assumptions": list(found.assumptions),
-            "settings": [_plain(row) for row in found.to_frame().iter_rows(named=True)],
+            "settings": [finite(row) for row in found.to_frame().iter_rows(named=True)],
         },
     )  # fmt: skip
     write_plot(plot, found.plot)
@@ -156,7 +157,7 @@ def compare(
             **{n: getattr(found, n) for n in ("model_a", "model_b", "task", "how", "n", "considered", "confidence")},
             "why": found.why, "warnings": list(found.warnings),
             **{n: e._asdict() for n, e in (("quality", found.quality), ("cost_usd", found.cost_usd)) if e is not None},
-            "experiment": None if found.experiment is None else _plain(found.experiment.to_frame().to_dicts()[0]),
+            "experiment": None if found.experiment is None else finite(found.experiment.to_frame().to_dicts()[0]),
         },
     )  # fmt: skip
     write_plot(plot, found.plot)
@@ -199,7 +200,7 @@ def explore(
         requests_per_day=requests_per_day,
     )  # fmt: skip
     click.echo("\n".join(found.in_words))
-    written: dict[str, Any] = {"experiment": _plain(found.to_frame().to_dicts()[0])}
+    written: dict[str, Any] = {"experiment": finite(found.to_frame().to_dicts()[0])}
     drawing: Any = found.plot
     if plan:
         made = schedule(found, budget_usd_per_day=budget_usd_per_day, max_rate=max_rate)
@@ -213,7 +214,7 @@ def explore(
                 click.echo(f"{row['day']:3d}  {row['drawn']:8.1f}  {row['extra_usd']:10.4f}   {row['power']:.3f}")
             elif row["day"] == 11:
                 click.echo("  …")
-        written |= {"rate": made.rate, "days": [_plain(row) for row in days.iter_rows(named=True)]}
+        written |= {"rate": made.rate, "days": [finite(row) for row in days.iter_rows(named=True)]}
         if out is not None:
             changed = write_policy(made.rule, out, base=policy, catalog=cards)
             click.echo(f"written to {out}, policy version {changed.version}; take the entry out again when it is done")
@@ -232,11 +233,6 @@ def _cards(logs: Path | None, catalog: Path | None) -> Catalog:
     return Catalog.from_json(read_log_info(logs)["catalog"], f"{logs}/log.json")
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN."""
-    return {name: None if value != value else value for name, value in row.items()}
-
-
 def log_rows(logs: Path | str | None, store: str | None) -> pl.DataFrame:
     """All rows of a log, or of a store. Raises InputError unless exactly one of them is given.
 
@@ -248,15 +244,14 @@ def log_rows(logs: Path | str | None, store: str | None) -> pl.DataFrame:
 
     from router_ml.logs import LOG_SCHEMA, read_log
     from router_ml.store import Store
+    from router_ml.tables import existing
 
     if (logs is None) == (store is None):
         raise InputError("give the rows to judge by: either --logs LOG or --store FILE")
     if logs is not None:
         return read_log(logs)
     assert store is not None
-    if "://" not in store and not Path(store).is_file():
-        raise InputError(f"there is no store at {store}: give the one of the service, --store FILE or URL")
-    rows, frames = Store(store).iter_log_rows(), [pl.DataFrame(schema=LOG_SCHEMA)]
+    rows, frames = Store(existing(store)).iter_log_rows(), [pl.DataFrame(schema=LOG_SCHEMA)]
     while chunk := list(islice(rows, _CHUNK)):  # as dicts they are a multiple of their columns' size
         frames.append(pl.DataFrame(chunk, schema=LOG_SCHEMA))
     return pl.concat(frames)
@@ -272,10 +267,7 @@ def write_json(path: Path | None, found: dict[str, Any]) -> None:
     """JSON, aside and renamed."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def write_plot(path: Path | None, plot: Any) -> None:

@@ -16,6 +16,7 @@ import polars as pl
 
 from router_ml.errors import RegistryError
 from router_ml.registry import ModelVersion, connect, reported
+from router_ml.writing import finite, write_aside
 from training.challenge import BEST_SINGLE, Challenge
 from training.challenge_plots import calibration_plot
 from training.gate import Verdict
@@ -131,14 +132,6 @@ def write_report(challenge: Challenge, to: Path, verdict: Verdict | None = None)
     return [to / name for name in sorted(contents)]
 
 
-def write_aside(path: Path, content: str) -> None:
-    """Writes a text file aside and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(path)
-
-
 def log_report(uri: str, version: ModelVersion, challenge: Challenge, verdict: Verdict | None = None) -> None:
     """Keeps the report with the version's MLflow run, under `evaluation/`, and its main figures as metrics.
 
@@ -198,18 +191,13 @@ def _value_json(value: PolicyValue) -> dict[str, Any]:
     return {
         "identifiable": value.identifiable, "why": value.why, "n": value.n, "clusters": value.clusters,
         "identifiable_share": value.identifiable_share,
-        "estimate": None if value.headline is None else _finite(value.headline._asdict()),
-        "support": _finite(asdict(value.support)), "warnings": list(value.warnings),
+        "estimate": None if value.headline is None else finite(value.headline._asdict()),
+        "support": finite(asdict(value.support)), "warnings": list(value.warnings),
     }  # fmt: skip
 
 
 def _rows(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    return [_finite(row) for row in frame.iter_rows(named=True)]
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    bad = (float("inf"), float("-inf"))
-    return {k: None if isinstance(v, float) and (v != v or v in bad) else v for k, v in row.items()}
+    return [finite(row) for row in frame.iter_rows(named=True)]
 
 
 def _svg(figure: Figure) -> str:

@@ -21,6 +21,7 @@ from router_ml.bundle import read_bundle
 from router_ml.errors import BundleError, InputError
 from router_ml.router import Router
 from router_ml.types import RouteRequest
+from router_ml.writing import finite
 from training.challenge import CHALLENGER, CHAMPION, Challenge
 from training.latency import latency_ratio
 from training.promises import LEAST_OUTCOMES
@@ -111,13 +112,8 @@ class Verdict:
         """What is kept with a version: whether it passed, and each condition's number."""
         return {
             "passed": self.passed,
-            "conditions": {c.name: {"holds": c.holds, "value": _finite(c.value)} for c in self.conditions},
+            "conditions": {c.name: {"holds": c.holds, "value": finite(c.value)} for c in self.conditions},
         }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows no infinity."""
-    return value if value is None or math.isfinite(value) else None
 
 
 def judge(

@@ -24,6 +24,7 @@ from router_ml.errors import InputError
 from router_ml.logs import log_sha256
 from router_ml.policy import Dial
 from router_ml.router import Router
+from router_ml.writing import write_aside
 from training.candidates import first_named
 from training.challenge import MOST_ROWS, catalog_of, usable_rows
 from training.dials import Setting, seen_of_log
@@ -174,11 +175,7 @@ class TradeOff:
 
     def write(self, path: Path) -> None:
         """The JSON in a file, written aside and renamed: a service that looks sees one or the other whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        text = json.dumps(_rounded(self.to_json()), separators=(",", ":"), allow_nan=False)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_aside(path, json.dumps(_rounded(self.to_json()), separators=(",", ":"), allow_nan=False))
 
 
 @contextmanager
