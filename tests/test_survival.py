@@ -116,7 +116,8 @@ def test_both_killed_under_load_the_next_start_takes_over(tiny_bundle: Path, tmp
         helpers = children(started.pid)
         for pid in helpers:
             os.kill(pid, signal.SIGSTOP)  # so that something is left in the spool
-        time.sleep(0.3)
+        before = len(told.decisions)
+        wait_for(lambda: len(told.decisions) > before + 20, 60)
         for pid in (started.pid, *helpers):
             os.kill(pid, signal.SIGKILL)
         started.wait(10)
