@@ -124,7 +124,7 @@ def _estimator(bundle: Bundle, described: Mapping[str, Any], prefix: str, to_ser
     lexicon = Lexicon(len(encoder.tokens), arrays["term_keys"].astype(np.int64), arrays["idf"].astype(np.float32))
     a, b = described["input_tokens_fit"]
     featurizer = CandidateFeaturizer(
-        bundle.catalog,
+        bundle.learnt,
         RequestFeaturizer(encoder, kernel_map, lexicon),
         heads,
         arrays["success"],

@@ -40,7 +40,18 @@ class Bundle:
 
     @property
     def catalog(self) -> Catalog:
-        """The catalogue that the learner was trained on; its order is the model axis."""
+        """The catalogue that decisions go by: the learner's, with the prices that `repriced` brought since."""
+        brought = self.manifest.get("prices")
+        if brought is None:
+            return self.learnt
+        catalog = Catalog.from_json(brought["catalog"], f"{MANIFEST}: 'prices'")
+        if catalog.ids != self.learnt.ids:
+            raise BundleError(f"{MANIFEST}: 'prices' is of other models than 'catalog': {_RETRAIN}")
+        return catalog
+
+    @property
+    def learnt(self) -> Catalog:
+        """The catalogue that the learner was trained on, whose prices are among its features."""
         return Catalog.from_json(self.manifest["catalog"], MANIFEST)
 
     def arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from router_ml.terminal import ExistingFile, PathArg
+from router_ml.terminal import ALIAS, REGISTER, TRACKING, ExistingFile, PathArg, register_as
 
 
 @click.group()
@@ -97,6 +97,34 @@ def diff(
         report["flips"] = flipped.to_json()
     if as_json:
         click.echo(json.dumps(report, indent=1))
+
+
+@catalog.command("apply")
+@click.argument("new", type=ExistingFile)
+@click.option("--bundle", required=True, type=PathArg, help="The bundle whose decisions are to go by the new prices.")
+@click.option("--out", required=True, type=PathArg, help="The bundle to write; the same folder replaces it.")
+@REGISTER
+@ALIAS
+@TRACKING
+def apply_(new: Path, bundle: Path, out: Path, name: str | None, alias: str | None, tracking_uri: str) -> None:
+    """Bring the prices of the catalogue NEW into a bundle, without training again.
+
+    What the router says of each model's answers stays as it is; what they cost, and so its choices, change. A service
+    that follows the folder takes it up; with --register it is a challenger for one that follows MLflow.
+
+    Example: router-ml catalog apply new.json --bundle bundle --out bundle
+    """
+    from router_ml.bundle import check_replaceable, read_bundle
+    from router_ml.catalog import Catalog
+    from router_ml.price_file import aligned, changes, repriced
+
+    check_replaceable(out)
+    made, cards = read_bundle(bundle), Catalog.load(new)
+    for change in changes(made.catalog, aligned(cards, made.catalog, "new")):
+        click.echo(_shown(change.model, change.field, change.old, change.new))
+    click.echo(f"bundle {repriced(made, cards, out)} in {out}")
+    if name:
+        register_as(out, name, alias, tracking_uri)
 
 
 def _shown(model: str, field: str, old: Any, new: Any) -> str:

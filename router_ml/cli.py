@@ -20,7 +20,20 @@ from router_ml.evaluate_cli import evaluate, promote
 from router_ml.import_cli import LOGGINGS, import_
 from router_ml.rollout_cli import history, rollback, watch
 from router_ml.serve_cli import serve
-from router_ml.terminal import TRACKING, Commands, ExistingFile, LogPath, PathArg, bar, say_log, stages
+from router_ml.terminal import (
+    ALIAS,
+    REGISTER,
+    TRACKING,
+    Commands,
+    ExistingFile,
+    LogPath,
+    PathArg,
+    bar,
+    register_as,
+    say_log,
+    say_registered,
+    stages,
+)
 from router_ml.tradeoff_cli import tradeoff
 from router_ml.tune_cli import compare, explore, tune
 
@@ -94,8 +107,8 @@ def simulate(rows: int, out: Path, logging: Any, feedback_rate: float, seed: int
 @click.option("--holdout", default=0.2, show_default=True, help="Newest share of requests to judge on.")
 @SEED
 @click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
-@click.option("--register", "name", help="Register the bundle in MLflow under this name.")
-@click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
+@REGISTER
+@ALIAS
 @TRACKING
 def train(
     logs: Path | str, catalog: Path | None, quality_threshold: tuple[float, ...], encoder: str,
@@ -126,12 +139,9 @@ def train(
     click.echo(f"bundle {made.version} in {out}")
     click.echo(json.dumps(made.metrics, indent=1))
     if name:
-        from router_ml.registry import shown
         from training.report import publish
 
-        version = publish(made, out, tracking_uri=tracking_uri, name=name, alias=alias)
-        where = shown(tracking_uri)
-        click.echo(f"registered as {version.name} version {version.version}, alias {version.alias} ({where})")
+        say_registered(publish(made, out, tracking_uri=tracking_uri, name=name, alias=alias), tracking_uri)
 
 
 @main.command()
@@ -140,7 +150,13 @@ def train(
 @click.option("--logs", type=click.Path(exists=True, path_type=Path), help="A log with outcomes of the new model.")
 @click.option("--sibling", help="The bundle's model that it most resembles; otherwise the one that the card names.")
 @click.option("--out", required=True, type=PathArg, help="The bundle directory to write.")
-def onboard(bundle: Path, card: Path, logs: Path | None, sibling: str | None, out: Path) -> None:
+@REGISTER
+@ALIAS
+@TRACKING
+def onboard(
+    bundle: Path, card: Path, logs: Path | None, sibling: str | None, out: Path, name: str | None, alias: str | None,
+    tracking_uri: str,
+) -> None:  # fmt: skip
     """Add a new model to a bundle without training again, from its card and what outcomes there are.
 
     Example: router-ml onboard --bundle bundle --card card.json --sibling mid --out wider
@@ -159,6 +175,8 @@ def onboard(bundle: Path, card: Path, logs: Path | None, sibling: str | None, ou
     most = sorted(made.mix.items(), key=lambda item: -item[1])[:3]
     likes = ", ".join(f"{weight:.2f} {model}" for model, weight in most)
     click.echo(f"bundle {made.version} in {out}: {new.id} from {made.outcomes} outcomes, most like {likes}")
+    if name:
+        register_as(out, name, alias, tracking_uri)
 
 
 @main.command()

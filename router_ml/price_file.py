@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from router_ml.bundle import Bundle, write_bundle
 from router_ml.catalog import CARD_PRICES, STEP_PRICES, Catalog, card_from_json, card_to_json
 from router_ml.errors import InputError
 from router_ml.types import ModelCard, Tier
@@ -267,3 +268,17 @@ def aligned(catalog: Catalog, like: Catalog, side: Literal["old", "new"]) -> Cat
         }
         cards.append(replace(card, **prices))
     return Catalog(tuple(cards))
+
+
+def repriced(bundle: Bundle, catalog: Catalog, out: str | Path) -> str:
+    """Writes to `out` the bundle with the prices and token limits of `catalog`; returns its version.
+
+    The learner stays as it is, so what it says of each model does, too: what changes is what decisions cost.
+    Clearances stay the bundle's. Raises InputError for a model of the bundle without a card there, for prices that the
+    bundle has already, and where `out` is something else.
+    """
+    cards = aligned(catalog, bundle.catalog, "new")
+    if cards == bundle.catalog:
+        raise InputError("the bundle has these prices already: there is nothing to write")
+    kept = {name: value for name, value in bundle.manifest.items() if name not in ("files", "format")}
+    return write_bundle(out, {**kept, "prices": {"catalog": cards.to_json(), "onto": bundle.version}}, bundle.files)

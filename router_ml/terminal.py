@@ -13,6 +13,7 @@ from router_ml.errors import RouterError
 
 if TYPE_CHECKING:
     from router_ml.logs import LogSummary
+    from router_ml.registry import ModelVersion
 
 PathArg = click.Path(path_type=Path)
 ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -23,6 +24,8 @@ TRACKING = click.option(
     envvar="MLFLOW_TRACKING_URI",
     help="MLflow's store.",
 )
+REGISTER = click.option("--register", "name", help="Register the bundle in MLflow under this name.")
+ALIAS = click.option("--alias", help="The version's alias; champion where there is none yet, else challenger.")
 
 
 class LogPath(click.Path):
@@ -102,3 +105,17 @@ def say_log(summary: LogSummary, out: Path) -> None:
     click.echo(f"{summary.rows} rows in {out}, {summary.rejected} set aside")
     for reason, count in sorted(summary.reject_reasons.items(), key=lambda item: -item[1]):
         click.echo(f"  {count} x {reason}")
+
+
+def register_as(bundle: Path, name: str, alias: str | None, tracking_uri: str) -> None:
+    """Registers a bundle that was not trained just now, and says so. Raises as `publish_bundle` does."""
+    from training.report import publish_bundle
+
+    say_registered(publish_bundle(bundle, tracking_uri=tracking_uri, name=name, alias=alias), tracking_uri)
+
+
+def say_registered(made: ModelVersion, tracking_uri: str) -> None:
+    """Prints which version a bundle became, and where."""
+    from router_ml.registry import shown
+
+    click.echo(f"registered as {made.name} version {made.version}, alias {made.alias} ({shown(tracking_uri)})")

@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from small_demo import Demo, small_demo
 
 from features.load import load_router
+from router_ml.bundle import read_bundle, write_bundle
 from router_ml.catalog import Catalog
 from router_ml.cli import main
-from router_ml.errors import InputError
+from router_ml.errors import BundleError, InputError
 from router_ml.logs import read_log
 from router_ml.price_file import aligned, changes, import_prices, read_prices
 from training.flips import flips
+from training.logged import requests_of
+from training.onboard import onboard_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 PIN = next(
@@ -201,6 +206,61 @@ def test_decisions_that_flip_are_those_of_the_router(demo: Demo, tmp_path: Path)
     assert f"{found.flipped.height} of {found.rows.height} decisions flip" in ran.output
     as_json = CliRunner().invoke(main, [*run, "--json"])
     assert json.loads(as_json.output)["flips"]["share"] == pytest.approx(found.share)
+
+
+def test_new_prices_reach_a_bundle_without_training(demo: Demo, tmp_path: Path) -> None:
+    old, uri = load_router(demo.out / "bundle"), f"sqlite:///{tmp_path}/mlflow.db"
+    raw = old.catalog.to_json()["models"]
+    raw[0]["output_usd_per_mtok"], raw[0]["data_classes"] = 1000.0, []
+    (tmp_path / "new.json").write_text(json.dumps({"models": raw[::-1]}))
+    run = ["catalog", "apply", str(tmp_path / "new.json"), "--bundle", str(demo.out / "bundle")]
+    ran = CliRunner().invoke(main, [*run, "--out", str(tmp_path / "b"), "--register", "r", "--tracking-uri", uri])
+    assert ran.exit_code == 0, ran.output
+    model = raw[0]["id"]
+    assert f"{model}: output_usd_per_mtok" in ran.output and "registered as r version 1, alias champion" in ran.output
+    new = load_router(tmp_path / "b")
+    assert new.catalog[model].output_usd_per_mtok == 1000.0 and new.model_version != old.model_version
+    assert new.catalog[model].data_classes == old.catalog[model].data_classes, "clearances are the bundle's"
+    requests = requests_of(read_log(demo.out / "log").head(50))
+    for request in requests:
+        before, after = old.estimator.estimate(request), new.estimator.estimate(request)
+        assert np.array_equal(before.p_ok, after.p_ok), "prices are among the learner's features: it keeps its own"
+        ratio = new.expected_cost(request, after) / old.expected_cost(request, before)
+        assert ratio[0] > 2 and (ratio[1:] == 1).all()
+
+    # A model that joins later, and prices that come once more.
+    card = replace(new.catalog.cards[1], id="fresh", sibling=None)
+    onboard_bundle(tmp_path / "b", card, out=tmp_path / "c", sibling=new.catalog.ids[1])
+    wider = load_router(tmp_path / "c")
+    assert wider.catalog.ids == (*old.catalog.ids, "fresh") and wider.catalog.cards[0].output_usd_per_mtok == 1000.0
+    assert np.array_equal(
+        wider.estimator.estimate(requests[0]).p_ok[..., :-1], old.estimator.estimate(requests[0]).p_ok
+    )
+    raw = wider.catalog.to_json()["models"]
+    raw[-1]["input_usd_per_mtok"] = 7.0
+    (tmp_path / "new.json").write_text(json.dumps({"models": raw}))
+    again = [
+        "catalog",
+        "apply",
+        str(tmp_path / "new.json"),
+        "--bundle",
+        str(tmp_path / "c"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    assert load_router(tmp_path / "c").catalog["fresh"].input_usd_per_mtok == 7.0
+    assert load_router(tmp_path / "c").estimator.estimate(requests[0]).p_ok.tolist() == (
+        wider.estimator.estimate(requests[0]).p_ok.tolist()
+    )
+    same = CliRunner().invoke(main, again)
+    assert same.exit_code == 2 and "has these prices already" in same.output
+
+    manifest = read_bundle(tmp_path / "c").manifest
+    short = {**manifest["prices"], "catalog": {"models": raw[1:]}}
+    write_bundle(tmp_path / "d", {**manifest, "prices": short}, read_bundle(tmp_path / "c").files)
+    with pytest.raises(BundleError, match="of other models"):
+        load_router(tmp_path / "d")
 
 
 def test_a_file_of_ones_own_and_where_it_is_wrong(tmp_path: Path) -> None:

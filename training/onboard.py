@@ -94,6 +94,8 @@ def onboard_bundle(
     manifest |= {"onboarded": [*manifest.get("onboarded", []), entry]}
     if isinstance(until, datetime) and "trained_until" in manifest:  # what `held_out` goes by
         manifest["trained_until"] = max(datetime.fromisoformat(manifest["trained_until"]), until).isoformat()
+    if "prices" in manifest:
+        manifest["prices"] = {**manifest["prices"], "catalog": catalog.with_card(card).to_json()}
     if calls is not None:
         manifest["reliability"] = calls.to_json()
     twin = load_twin(made)

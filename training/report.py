@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from router_ml import registry
+from router_ml.bundle import read_bundle
 from router_ml.errors import InputError, NoAliasError, NotRegisteredError
 from router_ml.registry import ModelVersion
 from training.evaluate import Frontier
@@ -36,9 +37,31 @@ def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias
             plots=plots,
             alias=None if alias == registry.CHAMPION else alias,
         )
+    return _entered(made_version, tracking_uri, name, alias)
+
+
+def publish_bundle(bundle: Path, *, tracking_uri: str, name: str, alias: str | None = None) -> ModelVersion:
+    """Registers a bundle as it lies there, one that was onboarded or repriced, say, as `publish` does a trained one.
+
+    The metrics are those of the training that it comes from. Raises BundleError, InputError and RegistryError.
+    """
+    check_alias(tracking_uri, name, alias)
+    manifest = read_bundle(bundle).manifest
+    made = register_bundle(
+        bundle,
+        tracking_uri=tracking_uri,
+        name=name,
+        params={"trained_until": manifest.get("trained_until")},
+        metrics=manifest.get("metrics", {}),
+        alias=None if alias == registry.CHAMPION else alias,
+    )
+    return _entered(made, tracking_uri, name, alias)
+
+
+def _entered(made: ModelVersion, tracking_uri: str, name: str, alias: str | None) -> ModelVersion:
     if alias is None or alias == registry.CHAMPION:
-        return registry.enter(tracking_uri, name, made_version.version)
-    return made_version
+        return registry.enter(tracking_uri, name, made.version)
+    return made
 
 
 def check_alias(tracking_uri: str, name: str, alias: str | None) -> None:

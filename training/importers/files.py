@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
+import pyarrow.parquet as pq
 
 from router_ml.errors import InputError
 from router_ml.rawfiles import ORIGINAL, REJECT_SCHEMA, ROW, RawChunk, jsonl_chunk, read_csv
@@ -25,6 +26,7 @@ from training.importers.batch import no_rejects
 
 CHUNK_BYTES = 1 << 26
 _HEAD = 1 << 16
+_READ_ROWS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,18 +238,56 @@ def _header(path: Path) -> list[str]:
 
 
 def _parquet(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -> Iterator[Chunk]:
+    """By pyarrow: polars holds eight row groups ahead, and rows of 8 kB make gigabytes of these."""
     done = int(at.get("row", 0))
     try:
-        scan = pl.scan_parquet(path).slice(done)
-        for raw in scan.collect_batches(chunk_size=chunk_rows, maintain_order=True):
-            rows = pl.int_range(done + 1, done + raw.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
-            done += raw.height
-            frame = _pick(raw, names).with_columns(rows)
-            yield Chunk(frame, _numbered(raw, rows), no_rejects(), _mark(path, done, 0), tuple(raw.columns))
-    except (OSError, pl.exceptions.PolarsError) as error:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            columns = file.schema_arrow.names
+            for raw in _whole(_from_row(file, [name for name in columns if name in names], done), chunk_rows):
+                rows = pl.int_range(done + 1, done + raw.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
+                raw_of = partial(_rows_of, path, done, rows)
+                done += raw.height
+                frame = _pick(raw, names).with_columns(rows)
+                yield Chunk(frame, raw_of, no_rejects(), _mark(path, done, 0), tuple(columns))
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path} is not a readable .parquet, .csv or .jsonl file: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _from_row(file: pq.ParquetFile, columns: list[str], first: int) -> Iterator[pl.DataFrame]:
+    """The file's rows from one on, some at a time."""
+    ends = np.cumsum([file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)])
+    group = int(np.searchsorted(ends, first, side="right"))
+    skip = first - (int(ends[group - 1]) if group else 0)
+    groups = list(range(group, file.num_row_groups))
+    for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=columns, use_threads=False):
+        rows = batch.slice(min(skip, batch.num_rows))
+        skip -= batch.num_rows - rows.num_rows
+        if rows.num_rows:
+            yield pl.DataFrame(pl.from_arrow(rows)) if columns else pl.DataFrame({}, height=rows.num_rows)
+
+
+def _whole(frames: Iterable[pl.DataFrame], most_rows: int) -> Iterator[pl.DataFrame]:
+    """The frames put together to chunks of at most `most_rows` rows, or of CHUNK_BYTES and one frame's more."""
+    pending: list[pl.DataFrame] = []
+    size = rows = 0
+    for frame in frames:
+        for part in frame.iter_slices(most_rows):
+            if pending and rows + part.height > most_rows:
+                yield pl.concat(pending)
+                pending, size, rows = [], 0, 0
+            pending.append(part)
+            size, rows = size + int(part.estimated_size()), rows + part.height
+            if size >= CHUNK_BYTES:
+                yield pl.concat(pending)
+                pending, size, rows = [], 0, 0
+    if pending:
+        yield pl.concat(pending)
+
+
+def _rows_of(path: Path, first: int, rows: pl.Series) -> pl.DataFrame:
+    return pl.scan_parquet(path).slice(first, len(rows)).collect().with_columns(rows)
 
 
 def _pick(raw: pl.DataFrame, names: list[str]) -> pl.DataFrame:
