@@ -57,6 +57,10 @@ log = logging.getLogger(__name__)
     help="How long the port stays open after SIGTERM, while readiness says no.",
 )  # fmt: skip
 @click.option(
+    "--replicas", default=1, show_default=True,
+    help="How many processes share the traffic: each takes its part of a model's max_concurrency and tokens a second.",
+)  # fmt: skip
+@click.option(
     "--baseline-model",
     help="The model that metrics compare costs with; by default the one that was best in the training log.",
 )
@@ -75,7 +79,7 @@ def serve(
     host: str, port: int, api_keys: Path | None, tradeoff: Path | None, max_body_bytes: int,
     max_messages: int, max_candidates: int,
     request_seconds: float, session_seconds: float, embed_deadline_ms: float, drain_seconds: float,
-    baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
+    replicas: int, baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
     """Serve routing decisions at POST /route.
 
@@ -95,7 +99,8 @@ def serve(
             host=host, port=port, session_seconds=session_seconds, embed_deadline_ms=embed_deadline_ms,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
             tradeoff=tradeoff, max_body_bytes=max_body_bytes, max_messages=max_messages, max_candidates=max_candidates,
-            request_seconds=request_seconds, drain_seconds=drain_seconds, baseline_model=baseline_model,
+            request_seconds=request_seconds, drain_seconds=drain_seconds, replicas=replicas,
+            baseline_model=baseline_model,
             log_format=log_format, otlp_endpoint=otlp_endpoint,  # type: ignore[arg-type]
         )  # fmt: skip
         from serving.app import serve as run

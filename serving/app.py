@@ -23,6 +23,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.policy import Policy
 from router_ml.store import Store, default_spool
 from serving import endpoints, problems
+from serving.capacity import Capacity
 from serving.challenger import Challenger
 from serving.connections import BoundedProtocol
 from serving.console import api as console
@@ -82,6 +83,7 @@ def create_app(settings: Settings) -> Front:
     service = Service(
         settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
         follower=follower, tracing=_tracing(settings), shadow=shadow, tradeoff=TradeOffFile(settings.tradeoff),
+        capacity=Capacity(replicas=settings.replicas),
     )  # fmt: skip
     shared.heard = service.heard
 

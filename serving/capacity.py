@@ -29,11 +29,12 @@ class Capacity:
     """The load of one process's decisions; to be called from the event loop's thread. `clock`: monotonic seconds.
 
     A model is full while as many of its calls as its `max_concurrency` are in flight, or while the expected tokens of
-    the decisions of the last ten seconds reach its `max_tokens_per_second`.
+    the decisions of the last ten seconds reach its `max_tokens_per_second`. With `replicas` processes that share the
+    traffic evenly this one has their part of both, of the calls at least one.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, replicas: int = 1) -> None:
+        self._clock, self._replicas = clock, replicas
         self._loads: dict[str, _Load] = {}
         self._of: dict[str, str] = {}  # decision id: model
 
@@ -47,11 +48,12 @@ class Capacity:
             if load is None:
                 continue
             self._forget(load, now)
-            if card.max_concurrency is not None and len(load.calls) >= card.max_concurrency:
-                found[model] = f"at capacity: {len(load.calls)} calls of {card.max_concurrency} are in flight"
-            elif card.max_tokens_per_second is not None and load.sum >= card.max_tokens_per_second * WINDOW_SECONDS:
-                rate = load.sum / WINDOW_SECONDS
-                found[model] = f"at capacity: {rate:.0f} tokens a second of {card.max_tokens_per_second:.0f}"
+            calls = None if card.max_concurrency is None else max(1, card.max_concurrency // self._replicas)
+            most = None if card.max_tokens_per_second is None else card.max_tokens_per_second / self._replicas
+            if calls is not None and len(load.calls) >= calls:
+                found[model] = f"at capacity: {len(load.calls)} calls of {calls} are in flight"
+            elif most is not None and load.sum >= most * WINDOW_SECONDS:
+                found[model] = f"at capacity: {load.sum / WINDOW_SECONDS:.0f} tokens a second of {most:.0f}"
         return found
 
     def decided(self, catalog: Catalog, model: str, decision_id: str, tokens: float) -> None:

@@ -42,6 +42,7 @@ class Settings:
     loopback host is allowed. `health` says when a model that fails is left out. On SIGTERM readiness goes off at once
     and the port closes `drain_seconds` later. With more than `max_waiting` requests that have come and not begun, the
     one that has waited longest is answered 503 with Retry-After, so that the others are answered in time.
+    `replicas` says how many service processes share the traffic: of a model's bounded capacity each takes its part.
     `embed_deadline_ms` is how long a request waits for its embedding where the bundle has a transformer; past it the
     bundle's static twin answers.
     Metrics compare what decisions cost with `baseline_model` (None: the model with the highest rate of acceptable
@@ -86,6 +87,7 @@ class Settings:
     log_format: Literal["text", "json"] = "text"
     otlp_endpoint: str | None = None
     embed_deadline_ms: float = 150.0
+    replicas: int = 1
 
     @property
     def folder(self) -> Path:
@@ -116,6 +118,10 @@ class Settings:
             raise InputError(f"model {self.model!r} has no name: give it as NAME@ALIAS")
         if self.challenger_alias is not None and (self.model is None or self.challenger is not None):
             raise InputError("challenger_alias goes with a model, NAME@ALIAS, and without a challenger's directory")
+        if self.replicas < 1:
+            raise InputError(
+                f"replicas {self.replicas} has to be at least 1: count the processes that share the traffic"
+            )
         if self.poll_seconds < 0.05:
             raise InputError(f"poll_seconds {self.poll_seconds} has to be at least 0.05")
         if not 0 <= self.port <= 65535:

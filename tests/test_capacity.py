@@ -10,8 +10,10 @@ from live_service import running
 from small_demo import Demo, small_demo
 
 from router_ml.catalog import Catalog
+from router_ml.errors import InputError
 from router_ml.reasons import kind
 from serving.capacity import FORGOTTEN_SECONDS, WINDOW_SECONDS, Capacity
+from serving.settings import Settings
 
 
 class Clock:
@@ -60,6 +62,22 @@ def test_tokens_a_second(catalog: Catalog) -> None:
     assert capacity.full(of) == {"local": "at capacity: 100 tokens a second of 100"}
     clock.now += WINDOW_SECONDS - 4.0
     assert capacity.full(of) == {}
+
+
+def test_processes_share_a_bound(catalog: Catalog) -> None:
+    of, capacity = _bounded(catalog, calls=5, rate=100.0), Capacity(Clock(), replicas=2)
+    capacity.decided(of, "local", "d0", 499.0)
+    assert capacity.full(of) == {}
+    capacity.decided(of, "local", "d1", 1.0)
+    assert capacity.full(of) == {"local": "at capacity: 2 calls of 2 are in flight"}
+    capacity.ended("d0")
+    assert capacity.full(of) == {"local": "at capacity: 50 tokens a second of 50"}
+    few = Capacity(Clock(), replicas=9)
+    assert few.full(of) == {}, "a process has one call at least"
+    few.decided(of, "local", "d0", 0.0)
+    assert few.full(of) == {"local": "at capacity: 1 calls of 1 are in flight"}
+    with pytest.raises(InputError, match="1 or more: count the processes"):
+        Settings(bundle=Path("b"), replicas=0)
 
 
 @pytest.fixture(scope="module")
