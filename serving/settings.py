@@ -119,9 +119,7 @@ class Settings:
         if self.challenger_alias is not None and (self.model is None or self.challenger is not None):
             raise InputError("challenger_alias goes with a model, NAME@ALIAS, and without a challenger's directory")
         if self.replicas < 1:
-            raise InputError(
-                f"replicas {self.replicas} has to be at least 1: count the processes that share the traffic"
-            )
+            raise InputError(f"replicas {self.replicas} has to be 1 or more: count the processes of the service")
         if self.poll_seconds < 0.05:
             raise InputError(f"poll_seconds {self.poll_seconds} has to be at least 0.05")
         if not 0 <= self.port <= 65535:
