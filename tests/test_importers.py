@@ -155,7 +155,7 @@ def test_a_real_kill_between_two_parts(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, json\n"
         "from training.importers import files, importing, state\n"
-        "files.CHUNK_BYTES = 1000\n"
+        "files.CHUNK_BYTES = 500\n"
         "real, seen = state.LogFolder.save, []\n"
         "def save(self):\n"
         "    real(self)\n"
