@@ -8,11 +8,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from router_ml.errors import InputError
+from router_ml.types import RouteRequest
 
 HAIR = 0.01
 """Probabilities this close to the highest count as equal to it: estimates are no finer, and prices differ by tens."""
 LEAST_SUCCESS = 0.1
 """The last resort is asked at most ten times: after that nobody goes on asking."""
+
+
+MESSAGE_TOKENS = 16
+"""More than what marks a message off from the next in any chat template."""
+TOOL_TOKENS = 1_000
+"""More than what providers say that they add to the prompt where there are tools."""
+
+
+def most_input_tokens(request: RouteRequest) -> float:
+    """The most tokens that the prompt can be, whatever the tokenizer: no token is shorter than a byte of UTF-8.
+
+    Infinite where there are images, files or audio, whose tokens their number does not bound.
+    """
+    if any([m.attachments for m in request.messages]):
+        return math.inf
+    # JSON that was written in ASCII has no fewer characters than the text that it stands for has bytes.
+    text = sum([_bytes(m.text) + m.extra_chars for m in request.messages]) + request.tools_chars
+    return text + MESSAGE_TOKENS * (len(request.messages) + 1) + (TOOL_TOKENS if request.tools else 0)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)

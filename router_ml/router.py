@@ -17,7 +17,7 @@ import numpy as np
 from router_ml.budget import pressed
 from router_ml.catalog import Catalog
 from router_ml.choice import BoolArray, Constraints, choose
-from router_ml.costs import Reliability
+from router_ml.costs import Reliability, most_input_tokens
 from router_ml.errors import InputError, NoEligibleModelError
 from router_ml.policy import Policy, check_threshold
 from router_ml.session import Incumbent, Session, cached_shares, follow_up, session_of
@@ -222,11 +222,13 @@ class Router:
 
     def _reserve(self, request: RouteRequest, model: int, input_tokens: float) -> float:
         """The most that the calls of one model may cost, USD."""
-        into, out, longest, window = self._calls(input_tokens).most[model]
-        answer = min(longest, max(window - input_tokens, 0.0))
-        if request.max_tokens is not None:
-            answer = min(answer, request.max_tokens)
-        return self.policy.max_attempts * (input_tokens * into + answer * out)
+        prompt = max(input_tokens, most_input_tokens(request))
+        into, out, longest, window = self._calls(prompt).most[model]
+        answer = min(longest, window if request.max_tokens is None else request.max_tokens, window)
+        prompt = min(prompt, window)
+        if (over := prompt + answer - window) > 0:  # both have to be in the window: what is cheaper gives way
+            prompt, answer = (prompt, answer - over) if into > out else (prompt - over, answer)
+        return self.policy.max_attempts * (prompt * into + answer * out)
 
     def _cached_tokens(self, request: RouteRequest, session: Session, estimate: Estimate) -> FloatArray:
         """Tokens of the prompt that each model's cache is taken to hold, float32 [m]."""

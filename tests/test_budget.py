@@ -20,7 +20,7 @@ from router_ml.errors import InputError
 from router_ml.policy import Policy
 from router_ml.reasons import kind
 from router_ml.router import Router
-from router_ml.types import Estimate, Message, Pressure, RouteRequest
+from router_ml.types import Estimate, LongContext, Message, Pressure, RouteRequest
 from serving.budgets import Budgets
 from serving.problems import ProblemError
 
@@ -173,14 +173,24 @@ def test_a_hard_budget_stops_and_the_strongest_counts(router: Router) -> None:
 def test_the_reserve_is_the_most_that_calls_may_cost(router: Router, catalog: Catalog) -> None:
     card = catalog["frontier"]
     decision = router.decide(replace(ASK, max_tokens=500))
-    assert decision.reserve_usd == pytest.approx((1000 * 5.0 + 500 * 15.0) * 1e-6)
+    assert decision.reserve_usd == pytest.approx((1000 * 5.0 + 500 * 15.0) * 1e-6)  # the estimate is above the bytes
     thrice = router.with_policy(router.policy.with_changes(max_attempts=3)).decide(replace(ASK, max_tokens=500))
     assert thrice.reserve_usd == pytest.approx(3 * (decision.reserve_usd or 0.0))
     unbounded = router.decide(ASK).reserve_usd
-    assert unbounded == pytest.approx((1000 * 5.0 + (card.context_window - 1000) * 15.0) * 1e-6)
+    assert unbounded == pytest.approx(card.context_window * 15.0 * 1e-6)
     limited = [replace(c, max_output_tokens=2000, reasoning_usd_per_mtok=20.0) for c in catalog]
     bound = replace(router, catalog=Catalog(tuple(limited))).decide(ASK)
     assert bound.reserve_usd == pytest.approx((1000 * 5.0 + 2000 * 20.0) * 1e-6)
+    # Whatever the tokenizer makes of it: a token is a byte at least, and this has three a character.
+    chinese = replace(ASK, messages=(Message("user", "合同" * 2_000),), max_tokens=64)
+    assert router.decide(chinese).reserve_usd == pytest.approx((12_000 + 32) * 5e-6 + 64 * 15e-6)
+    tools = replace(chinese, tools=1, tools_chars=700)
+    assert router.decide(tools).reserve_usd == pytest.approx((12_000 + 32 + 1_700) * 5e-6 + 64 * 15e-6)
+    image = replace(ASK, messages=(Message("user", "?", 1, 3_000),), max_tokens=64)
+    assert router.decide(image).reserve_usd == pytest.approx((card.context_window - 64) * 5e-6 + 64 * 15e-6)
+    steps = (LongContext(above_tokens=10_000, input_usd_per_mtok=50.0, output_usd_per_mtok=60.0),)
+    long = replace(router, catalog=Catalog(tuple(replace(c, long_context=steps) for c in catalog)))
+    assert long.decide(chinese).reserve_usd == pytest.approx((12_032 * 50.0 + 64 * 60.0) * 1e-6)
     for each in (decision, bound):
         assert each.reserve_usd is not None and each.reserve_usd >= each.chosen.expected_cost_usd
 
