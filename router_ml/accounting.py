@@ -98,7 +98,7 @@ def accounts(rows: pl.DataFrame, catalog: Catalog, *, by: Sequence[str] = (), ba
     bill = Ledger(catalog, baseline).bill
     columns = ["model", "input_tokens", "output_tokens", "cost_usd"]
     extra = [name if name in rows.columns else pl.lit(None, pl.Float64).alias(name) for name in _SPEND]
-    made = [bill(*row) for row in rows.select(*columns, *extra).iter_rows()]
+    made = [bill(*row) for row in rows.select(*columns, *extra, "status").iter_rows()]
     sums = pl.DataFrame(made, schema=dict.fromkeys(BILLED, pl.Int64), orient="row")
     groups = [pl.col("time").dt.date().alias("day") if name == "day" else pl.col(name) for name in by]
     keyed = pl.concat([rows.select(groups), sums], how="horizontal") if by else sums

@@ -27,7 +27,7 @@ def most_input_tokens(request: RouteRequest) -> float:
 
     Infinite where there are images, files or audio, whose tokens their number does not bound.
     """
-    if any([m.attachments for m in request.messages]):
+    if any(m.attachments for m in request.messages):
         return math.inf
     # JSON that was written in ASCII has no fewer characters than the text that it stands for has bytes.
     text = sum([_bytes(m.text) + m.extra_chars for m in request.messages]) + request.tools_chars

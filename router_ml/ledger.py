@@ -9,6 +9,7 @@ from functools import lru_cache
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.prices import Usage, price_call
+from router_ml.types import CACHED
 
 BILLED = (
     *("reported", "priced", "open", "input_tokens", "output_tokens", "cost_nano", "open_expected_nano"),
@@ -33,17 +34,21 @@ class Ledger:
         expected: float | None,
         elsewhere: float | None,
         reserve: float | None,
+        status: str | None = None,
     ) -> tuple[int, ...]:
         """A call as the numbers `BILLED`, see `accounting.Accounts`.
 
         `into` and `out` are its tokens, `usd` what an outcome reported; of the decision, `expected` and `reserve` of
-        the chosen model and `elsewhere` of the baseline. Raises InputError for tokens that nothing prices.
+        the chosen model and `elsewhere` of the baseline. What the gateway's cache answered (`status`) would have cost
+        nothing with the baseline either. Raises InputError for tokens that nothing prices.
         """
+        if status == CACHED:
+            usd, elsewhere = usd or 0.0, 0.0
         tokens = None if into is None or out is None else (into, out)
         cost = _nano(Decimal(repr(usd))) if usd is not None else self._priced(model, *tokens) if tokens else None
         other: int | None = None
         if self.baseline is not None and cost is not None:
-            if tokens:
+            if tokens and status != CACHED:
                 other = self._priced(self.baseline, *tokens)
             elif elsewhere is not None:
                 other = _nano(Decimal(repr(elsewhere)))

@@ -15,7 +15,7 @@ import polars as pl
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.rawfiles import BROKEN_UTF8, JSON_COLUMNS, REASON, REJECT_SCHEMA, ROW, plain, rejected
-from router_ml.types import STATUSES
+from router_ml.types import CACHED, MOST_TOKENS, MOST_USD, STATUSES
 
 _TIME = pl.Datetime("us", "UTC")
 # One row is one attempt: `model` served it; where `fallback_from` is set, that is the model that the policy had chosen,
@@ -118,6 +118,8 @@ def validate(
             f"{', '.join(c for c in frame.columns if not c.startswith('__')) or 'no columns'}"
         )
     good, lost = convert(frame, LOG_SCHEMA)
+    free = (pl.col("status") == CACHED) & pl.col("cost_usd").is_null()
+    good = good.with_columns(cost_usd=pl.when(free).then(0.0).otherwise("cost_usd"))
     if ROW not in frame.columns:
         frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(ROW) + state.rows)
     if REASON in frame.columns:
@@ -245,6 +247,9 @@ def _wrong_values(rows: pl.DataFrame, lost: Mapping[str, pl.Series], catalog: Ca
         checks[f"{name} not finite"] = ~pl.col(name).is_finite()
     for name in ("cost_usd", "latency_ms", "input_tokens", "output_tokens", "retries"):
         checks[f"negative {name}"] = pl.col(name) < 0
+    checks["cost_usd of more than a million"] = pl.col("cost_usd").is_finite() & (pl.col("cost_usd") > MOST_USD)
+    for name in ("input_tokens", "output_tokens"):
+        checks[f"{name} of more than 10^10"] = pl.col(name) > MOST_TOKENS
     checks["unknown status"] = ~pl.col("status").is_in(list(STATUSES))
     masks = rows.select(check.fill_null(False).alias(reason) for reason, check in checks.items())
     return {reason: masks[reason] for reason in checks}

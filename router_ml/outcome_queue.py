@@ -18,7 +18,7 @@ from router_ml.drain import OUTCOME, encode, is_bad_row, refusal, store_outcomes
 from router_ml.errors import InputError, RouterError
 from router_ml.router import new_id
 from router_ml.spool import Spool
-from router_ml.types import STATUSES, Outcome
+from router_ml.types import MOST_TOKENS, MOST_USD, STATUSES, Outcome
 
 log = logging.getLogger(__name__)
 BATCH = 500  # outcomes a commit
@@ -182,3 +182,6 @@ def check_outcome(outcome: Outcome) -> None:
         value = getattr(outcome, name)
         if value is not None and not 0 <= value < 2**53:
             raise InputError(f"{name} has to be a number of 0 or more")
+    for name, most in (("cost_usd", MOST_USD), ("input_tokens", MOST_TOKENS), ("output_tokens", MOST_TOKENS)):
+        if (getattr(outcome, name) or 0) > most:
+            raise InputError(f"{name} of a call has to be at most {most:g}: check its unit")

@@ -28,7 +28,8 @@ _NAMES = {
     "batch_output_usd_per_mtok": "output_cost_per_token{}_batches",
     "batch_cached_input_usd_per_mtok": "cache_read_input_token_cost{}_batches",
 }
-_STEP = re.compile(r"input_cost_per_token_above_(\d+)k_tokens")
+_STEP = re.compile(r"(?:input|output)_cost_per_token(_above_(\d+)([km])_tokens)")
+_THOUSANDS = {"k": 1, "m": 1000}
 _CAPABILITIES = {
     "tools": "supports_function_calling",
     "vision": "supports_vision",
@@ -194,12 +195,13 @@ def _prices(entry: Mapping[str, Any], where: str, *, free: bool) -> dict[str, An
     prices = {field: usd for field, name in _NAMES.items() if (usd := _usd(entry, name.format(""), where)) is not None}
     _check(prices, where, free=free)
     prices |= _reasoning(entry, prices, where)
-    steps = []
-    for thousands in sorted(int(found[1]) for key in entry if (found := _STEP.fullmatch(key))):
-        above = f"_above_{thousands}k_tokens"
+    steps: list[dict[str, Any]] = []
+    lengths = {int(of[2]) * _THOUSANDS[of[3]]: of[1] for key in entry if (of := _STEP.fullmatch(key))}
+    for thousands, above in sorted(lengths.items()):
         step = {field: usd for field, n in _NAMES.items() if (usd := _usd(entry, n.format(above), where)) is not None}
         # What a step leaves out of the two ordinary prices stays as it was: so LiteLLM bills it.
-        ordinary = {"output_usd_per_mtok": prices["output_usd_per_mtok"]}
+        before = steps[-1] if steps else prices
+        ordinary = {name: before[name] for name in STEP_PRICES[:2]}
         steps.append({"above_tokens": thousands * 1000, **ordinary, **step})
     return prices | ({"long_context": steps} if steps else {})
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router_ml.errors import InputError
+from router_ml.types import CACHED
 
 if TYPE_CHECKING:
     import polars as pl
@@ -95,12 +96,13 @@ class Traffic:
     def of_log(cls, log: pl.DataFrame, *, scale: float = 1.0, peak_to_mean: float = 1.0) -> Traffic:
         """The hours of a log (`LOG_SCHEMA`) from its first to its last, times `scale`; one row a request counts.
 
-        A request whose tokens the log does not know counts with the mean of the others. Raises InputError for a log
-        without any tokens, or of less than a day.
+        What a cache answered does not. A request whose tokens the log does not know counts with the mean of the
+        others. Raises InputError for a log without any tokens, or of less than a day.
         """
         import polars as pl
 
-        rows = log.unique("request_id", keep="first", maintain_order=True)
+        called = log.filter((pl.col("status") != CACHED).fill_null(True))
+        rows = called.unique("request_id", keep="first", maintain_order=True)
         means = {name: rows[name].mean() for name in ("input_tokens", "output_tokens")}
         if any(mean is None for mean in means.values()):
             raise InputError("the log has no input_tokens and output_tokens: describe the traffic in a [traffic] table")

@@ -15,7 +15,11 @@ Tier = Literal["frontier-closed", "mid-closed", "hosted-open", "self-hosted-open
 TIERS: tuple[Tier, ...] = ("frontier-closed", "mid-closed", "hosted-open", "self-hosted-open")
 CAPABILITIES = ("tools", "vision", "json")
 Objective = Literal["cost", "quality"]
-STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled")
+CACHED = "cached"
+"""The status of an answer that came from the gateway's cache: no model was called, and it cost nothing."""
+MOST_USD, MOST_TOKENS = 1e6, 10**10
+"""What no call costs or has: a greater number is another unit, and would drown every sum."""
+STATUSES = ("ok", "error", "timeout", "rate_limited", "cancelled", CACHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

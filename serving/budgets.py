@@ -1,7 +1,8 @@
 """What budgets have spent: this process's decisions as they are made and settled, and what the other processes say.
 
 A decision counts at its expected cost until an outcome reports what it cost. Sums are whole nano-dollars, one a budget,
-period and process; the processes on one database add them up, a round of `serving.shared` late.
+period and process; the processes on one database add them up, a round of `serving.shared` late. A second outcome with
+a cost that reaches another process than the first counts once more: a budget is a brake; accounts come from the store.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ class Budgets:
             return
         cost = decision.candidates[0].expected_cost_usd
         budgets = self._matching(policy, request.tenant, request.key)
-        if not budgets or not math.isfinite(cost):
+        if not budgets:
             return
+        if not math.isfinite(cost):  # nobody knows it: its outcome charges it
+            cost = 0.0
         now = self._now()
         accounts = tuple([(budget.name, budget.period(now).name) for budget in budgets])
         with self._lock:

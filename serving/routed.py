@@ -60,7 +60,7 @@ class OutcomeFields(TypedDict, total=False):
     """What became of a decision: costs in USD, latency in milliseconds, quality in [0, 1]."""
 
     request_id: str | None
-    status: Literal["ok", "error", "timeout", "rate_limited", "cancelled"]
+    status: Literal["ok", "error", "timeout", "rate_limited", "cancelled", "cached"]
     served_model: str | None
     input_tokens: int | None
     output_tokens: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
@@ -10,7 +11,7 @@ from typing_extensions import TypedDict
 
 from router_ml.conversation import request_of
 from router_ml.policy import Policy
-from router_ml.types import Outcome, RouteRequest
+from router_ml.types import CACHED, Outcome, RouteRequest
 from serving.explained import ExplanationAnswer
 from serving.keys import ApiKey
 
@@ -218,7 +219,10 @@ class OutcomeBody(BaseModel):
 
     decision_id: Name | None = None
     request_id: Name | None = None
-    status: Literal["ok", "error", "timeout", "rate_limited", "cancelled"] = "ok"
+    status: Literal["ok", "error", "timeout", "rate_limited", "cancelled", "cached"] = Field(
+        "ok",
+        description="How the call ended; cached: the gateway's cache answered, at no cost.",
+    )
     served_model: Name | None = Field(None, description="The model that answered, where it is not the chosen one.")
     input_tokens: Count | None = None
     output_tokens: Count | None = None
@@ -230,7 +234,10 @@ class OutcomeBody(BaseModel):
 
     def to_outcome(self) -> Outcome:
         """The outcome in the program's own terms."""
-        return Outcome(**self.__dict__)
+        outcome = Outcome(**self.__dict__)
+        if outcome.status == CACHED and outcome.cost_usd is None:
+            return replace(outcome, cost_usd=0.0)
+        return outcome
 
 
 class OutcomeAnswer(TypedDict):

@@ -16,7 +16,7 @@ from router_ml.errors import InputError, NoEligibleModelError, RegistryError
 from router_ml.policy import Policy
 from router_ml.session import Session
 from router_ml.store import Store
-from router_ml.types import CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
+from router_ml.types import CACHED, CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
 from serving.capacity import Capacity
 from serving.console.tradeoff_file import TradeOffFile
 from serving.embedding import Stand
@@ -295,7 +295,7 @@ class Service:
         served = outcome.served_model or chosen
         if outcome.status in FAILED or served in models:
             self.sessions.served(of, None if outcome.status in FAILED else served)
-        if outcome.status != "cancelled" and served in providers and served in models:
+        if outcome.status not in ("cancelled", CACHED) and served in providers and served in models:
             self.health.report(served, providers[served], failed=outcome.status in FAILED, decision_id=of)
             if served != chosen and chosen in providers:
                 self.health.report(chosen, providers[chosen], failed=True, decision_id=of)

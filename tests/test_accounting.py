@@ -28,6 +28,7 @@ from router_ml.store import Store
 from router_ml.stored import spend_rows
 from router_ml.tables import open_database
 from router_ml.types import Candidate, Outcome, RouteDecision, RouteRequest
+from training.experiment import cost_column
 from training.simulate import simulate
 from training.world import SIMULATED_CATALOG
 
@@ -121,6 +122,16 @@ def test_the_baseline_is_its_prices_for_the_same_tokens() -> None:
     none = accounts(log, SIMULATED_CATALOG)
     assert none.total("compared") == 0 and none.plot().axes[0].get_xlabel() == "USD"
     assert len(found.plot().axes[0].containers) == 2
+
+
+def test_what_a_cache_answered_costs_and_saves_nothing() -> None:
+    called = {"input_tokens": 1000, "output_tokens": 100, "model": "pocket-8b"}
+    hit = called | {"status": "cached"}
+    log = _log([called, hit, hit | {"model": "nobody knows its price"}])
+    found = accounts(log, SIMULATED_CATALOG, baseline="aurora-4")
+    assert found.total("cost_nano") == accounts(log.head(1), SIMULATED_CATALOG).total("cost_nano") == 1100 * 50
+    assert found.total("savings_nano") == 4_500_000 - 55_000 and found.total("compared") == 3
+    assert log.select(cost_column(SIMULATED_CATALOG))["cost_usd"].to_list() == [pytest.approx(55e-6), 0.0, 0.0]
 
 
 def test_an_unknown_price_is_an_error_and_not_zero() -> None:

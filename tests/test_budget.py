@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -152,6 +153,10 @@ def test_charges_are_expected_costs_until_they_are_settled(router: Router) -> No
     assert asked.pressure.why == "70% of the 10 USD a day of tenant 'acme' is spent, 25% of the day gone"
     clock.now += timedelta(days=1)
     assert budgets.pressed(ASK, router.policy) is ASK, "a new day is a new budget"
+    unknown = replace(decision, decision_id="n", candidates=(decision.chosen._replace(expected_cost_usd=math.nan),))
+    budgets.decided(router.policy, ASK, unknown)
+    budgets.settled("n", 3.0, None)
+    assert budgets.spent_usd(DAY.name, "2026-11-27") == 3.0, "what nobody expected is charged when it is known"
 
 
 def test_a_hard_budget_stops_and_the_strongest_counts(router: Router) -> None:

@@ -171,8 +171,9 @@ def test_portkey_cents_retries_caches_and_weighted_feedback(tmp_path: Path) -> N
     assert rows["pk-7"]["cost_usd"] is None  # euros
     assert (rows["pk-2"]["latency_ms"], rows["pk-2"]["retries"]) == (3050.5, 2)
     assert (rows["pk-3"]["status"], rows["pk-3"]["retries"], rows["pk-3"]["cost_usd"]) == ("rate_limited", None, None)
-    nothing = [rows["pk-4"][name] for name in ("cost_usd", "latency_ms", "status", "retries", "provider")]
-    assert nothing == [None] * 5 and rows["pk-4"]["output_tokens"] == 30
+    nothing = [rows["pk-4"][name] for name in ("latency_ms", "retries", "provider")]
+    assert nothing == [None] * 3 and rows["pk-4"]["output_tokens"] == 30
+    assert (rows["pk-4"]["status"], rows["pk-4"]["cost_usd"]) == ("cached", 0.0)
     assert (rows["pk-1"]["tenant"], rows["pk-1"]["session"], rows["pk-1"]["task"]) == ("acme", "s9", "chat")
     assert (rows["pk-6"]["propensity"], rows["pk-6"]["policy_version"]) == (0.5, "p1")
     (older,) = (row for row in rows.values() if row["prompt"])
@@ -204,7 +205,8 @@ def test_helicone_rows_of_its_api_and_of_its_table(tmp_path: Path) -> None:
     assert sorted(rows) == ["h-1", "h-2", "h-3", "h-4", "h-6", "h-7", "t-1"]
     assert [rows[i]["cost_usd"] for i in ("h-1", "h-7", "t-1")] == [None, 0.00125, None]
     assert [rows[i]["latency_ms"] for i in ("h-1", "h-4", "t-1")] == [640, None, 900]
-    assert [rows[i]["status"] for i in ("h-1", "h-3", "h-4", "h-6")] == ["ok", "timeout", None, None]
+    assert [rows[i]["status"] for i in ("h-1", "h-3", "h-4", "h-6")] == ["ok", "timeout", "cached", None]
+    assert rows["h-4"]["cost_usd"] == 0.0
     assert [rows[i]["session"] for i in ("h-1", "h-7", "t-1")] == ["s3", None, "s4"]
     assert (rows["h-1"]["model"], rows["t-1"]["model"], rows["t-1"]["tenant"]) == ("gpt-4o-mini", "gpt-4o", "globex")
     assert rows["h-3"]["input_tokens"] is None

@@ -85,12 +85,13 @@ def check_rows(log: list[dict[str, Any]], *, prompts: bool) -> None:
         "timeout",
     ]
     assert {row["retries"] for row in by(log, model="large", status="timeout")} == {1}
-    assert all(row["cost_usd"] is None for row in log if row["status"] != "ok")
+    assert all(row["cost_usd"] is None for row in log if row["status"] not in ("ok", "cached"))
     cached = [row for row in log if "_cache_hit" in row["request_id"]]
     assert len(cached) == 2
     for row in cached:
-        nothing = [row[name] for name in ("cost_usd", "latency_ms", "status", "retries", "provider")]
-        assert nothing == [None] * 5 and row["output_tokens"] == 7
+        nothing = [row[name] for name in ("latency_ms", "retries", "provider")]
+        assert nothing == [None] * 3 and row["output_tokens"] == 7
+        assert (row["status"], row["cost_usd"]) == ("cached", 0.0)
     text = [row["messages"] or row["prompt"] for row in log]
     assert all(text) if prompts else not any(text)
     if prompts:

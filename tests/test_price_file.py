@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from router_ml.cli import main
 from router_ml.errors import BundleError, InputError
 from router_ml.logs import read_log
 from router_ml.price_file import aligned, changes, import_prices, read_prices
+from router_ml.prices import Usage, price_call
 from training.flips import flips
 from training.logged import requests_of
 from training.onboard import onboard_bundle
@@ -127,6 +129,15 @@ def test_an_unknown_price_is_an_error_not_zero(entry: dict[str, Any], says: str)
     with pytest.raises(InputError, match="'new'") as error:
         import_prices({"new": ENTRY | entry}, "file", ["new"])
     assert says in str(error.value)
+
+
+def test_steps_of_input_or_output_in_thousands_or_millions() -> None:
+    entry = ENTRY | {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 2_000_000}
+    entry |= {"output_cost_per_token_above_200k_tokens": 4e-6, "input_cost_per_token_above_1m_tokens": 3e-6}
+    card = import_prices({"new": entry}, "file", ["new"]).catalog["new"]
+    steps = [(s.above_tokens, s.input_usd_per_mtok, s.output_usd_per_mtok) for s in card.long_context]
+    assert steps == [(200_000, 1.0, 4.0), (1_000_000, 3.0, 4.0)]
+    assert price_call(card, Usage(input_tokens=300_000, output_tokens=1_000_000)) == Decimal("4.3")
 
 
 def test_a_price_of_zero_is_taken_where_it_is_said_to_be_one() -> None:

@@ -142,8 +142,9 @@ def test_a_logs_own_hours(tmp_path: Path) -> None:
          "output_tokens": 10 if i else None, "model": "m"}
         for day in range(3) for i in range(6)
     ]  # fmt: skip
+    rows.append(rows[0] | {"request_id": "hit", "status": "cached"})  # no model was called
     rows.append(rows[0] | {"model": "other"})  # sent to a second model: the same request
-    log = pl.DataFrame(rows, schema_overrides={"output_tokens": pl.Int64})
+    log = pl.DataFrame(rows, schema_overrides={"output_tokens": pl.Int64, "status": pl.String})
     traffic = Traffic.of_log(log, scale=2.0)
     assert len(traffic.input_tokens) == 49  # from Monday ten o'clock to Wednesday, the hours between them empty
     assert traffic.input_tokens[[0, 24, 48]].tolist() == [1200.0] * 3 and traffic.input_tokens.sum() == 3600.0

@@ -14,6 +14,7 @@ import polars as pl
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.policy import Exploration, Policy
+from router_ml.types import CACHED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,13 +261,16 @@ def both_may_serve(log: pl.DataFrame, catalog: Catalog, a: str, b: str, task: st
 
 
 def cost_column(catalog: Catalog) -> pl.Expr:
-    """A row's cost in USD: the log's, or its tokens at the catalogue's prices."""
+    """A row's cost in USD: the log's, 0 where a cache answered, or its tokens at the catalogue's prices."""
     prices = {card.id: (card.input_usd_per_mtok * 1e-6, card.output_usd_per_mtok * 1e-6) for card in catalog}
     into, out = (
         pl.col("model").replace_strict({m: p[i] for m, p in prices.items()}, default=None, return_dtype=pl.Float64)
         for i in (0, 1)
     )
-    return pl.coalesce("cost_usd", pl.col("input_tokens") * into + pl.col("output_tokens") * out).alias("cost_usd")
+    free = pl.when(pl.col("status") == CACHED).then(0.0)
+    return pl.coalesce("cost_usd", free, pl.col("input_tokens") * into + pl.col("output_tokens") * out).alias(
+        "cost_usd"
+    )
 
 
 def _arm(rows: pl.DataFrame, catalog: Catalog, model: str, told: float) -> Arm:

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from router_ml.catalog import Catalog
+from router_ml.types import CACHED
 from training.dataset import FAILURES
 from training.examination import LEAST_OUTCOMES, Check, State
 from training.support import CERTAIN
@@ -211,7 +212,7 @@ def sessions(log: pl.DataFrame) -> Check:
 
 def reliability(log: pl.DataFrame) -> Check:
     """Failures, fallbacks and retries."""
-    known = log.drop_nulls("status")
+    known = log.drop_nulls("status").filter(pl.col("status") != CACHED)
     failed = _share(known.filter(pl.col("status").is_in(FAILURES)).height, known.height)
     fell = _share(log.height - log["fallback_from"].null_count(), log.height)
     tried = log.drop_nulls("retries")

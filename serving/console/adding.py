@@ -98,7 +98,7 @@ def sums(url: str, since_us: int, baseline: str, model_version: str, threshold: 
     for row in spend_rows(engine, baseline, since_us):
         billed = ledger.bill(
             row["model"], row["input_tokens"], row["output_tokens"], row["cost_usd"], row["expected_cost_usd"],
-            row["baseline_expected_usd"], row["reserve_usd"],
+            row["baseline_expected_usd"], row["reserve_usd"], row["status"],
         )  # fmt: skip
         into = cube[f"{row['time']:%Y-%m-%d}", row["tenant"], row["task"], row["model"]]
         for at, value in enumerate((1, *billed)):

@@ -19,6 +19,7 @@ import polars as pl
 
 from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
+from router_ml.types import CACHED
 from training.importers.batch import ROW, SIGNALS, Batch, ReadOptions
 from training.importers.exports import read_export
 from training.importers.maps import OURS, above_0, decision_of, request_body, scores_of
@@ -95,12 +96,13 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         **decision_of(said(f"_p_{OURS}"), model),
         input_tokens=above_0(number("prompt_tokens")),
         output_tokens=above_0(number("completion_tokens")),
-        cost_usd=pl.when(called).then(above_0(number("costUSD"))),
+        cost_usd=pl.when(called).then(above_0(number("costUSD"))).otherwise(0.0),
         latency_ms=pl.when(called).then(pl.coalesce(number("delay_ms"), number("latency"))),
         # Below 0 are Helicone's own numbers; without an answer yet nothing is known.
-        status=pl.when(called & said("response_created_at").is_not_null()).then(
-            status(pl.coalesce(said("response_status"), said("status")))
-        ),
+        status=pl.when(~called)
+        .then(pl.lit(CACHED))
+        .when(said("response_created_at").is_not_null())
+        .then(status(pl.coalesce(said("response_status"), said("status")))),
     )
 
 

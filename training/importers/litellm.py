@@ -8,8 +8,8 @@ What its columns mean was read in litellm 1.110.2 (`litellm/proxy/schema.prisma`
   `metadata`, which has `attempted_fallbacks` and `attempted_retries` too. It becomes `fallback_from`: the action.
 - `messages` is `{}` even where prompts are stored: they are in `proxy_server_request` then, cut at 2,048 characters a
   string unless the proxy is told otherwise. Without them a row counts for cost, volume, latency and reliability.
-- A cache hit has spend 0 and the time of a look-up, which are not the model's: cost, latency, status, retries and
-  provider are null, as nothing was called. Its request_id is the first answer's with `_cache_hit` and a time behind it.
+- A cache hit has the status `cached` and costs nothing: nothing was called, so that latency, retries and provider are
+  null. Its request_id is the first answer's with `_cache_hit` and a time behind it.
 - Spend 0 is what LiteLLM says of a model without a price, and 0 tokens of a stream without usage: both are null.
 - `request_id` is the id of the answer (`response_id`), `litellm_call_id` that of the call (`trace_id`), which a client
   gets as the header `x-litellm-call-id`. There is no feedback in the table.
@@ -25,6 +25,7 @@ import polars as pl
 
 from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
+from router_ml.types import CACHED
 from training.importers.batch import ROW, Batch, ReadOptions
 from training.importers.files import Chunk, read_columns
 from training.importers.values import json_said, keys_of, number, said
@@ -158,9 +159,9 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         policy_version=decision.str.json_path_match("$.policy_version"),
         input_tokens=_above_0("prompt_tokens"),
         output_tokens=_above_0("completion_tokens"),
-        cost_usd=pl.when(called).then(_above_0("spend")),
+        cost_usd=pl.when(called).then(_above_0("spend")).otherwise(0.0),
         latency_ms=pl.when(called).then(pl.coalesce(number("request_duration_ms"), pl.col("_took"))),
-        status=pl.when(called).then(_status(error)),
+        status=pl.when(called).then(_status(error)).otherwise(pl.lit(CACHED)),
         retries=pl.when(called).then(pl.col("attempted_retries")),
         fallback_from=pl.when(asked != served).then(asked),
     )

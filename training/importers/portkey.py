@@ -4,7 +4,7 @@ The columns are those of Portkey's "Logs Export" page (Portkey-AI/docs, logs-exp
 - `cost` is in cents of a US dollar, `response_time` in ms.
 - `request` and `response` are objects with a `body`; older exports have `request.body` and `response.body`. Exports
   without those columns have no prompts: such rows count for cost, volume and reliability.
-- `cache_status` HIT or SEMANTIC HIT: no model was called, so that cost, latency, status and retries say nothing.
+- `cache_status` HIT or SEMANTIC HIT: no model was called, at no cost; latency and retries say nothing.
 - `retry_success_count` is how many retries it took; -1 says that none helped.
 - Older exports have no `id`: the trace, the time and the model together then name the call.
 - Feedback (`POST /feedback`: trace_id, value from -10 to 10, weight from 0 to 1) names a trace, and one trace may have
@@ -19,6 +19,7 @@ from typing import Any
 import polars as pl
 
 from router_ml.log_schema import LOG_SCHEMA, convert
+from router_ml.types import CACHED
 from training.importers.batch import ROW, SIGNALS, Batch, ReadOptions
 from training.importers.exports import read_export
 from training.importers.maps import OURS, above_0, decision_of, request_body
@@ -95,9 +96,9 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         **decision_of(said(f"_m_{OURS}"), said("ai_model")),
         input_tokens=above_0(number("req_units")),
         output_tokens=above_0(number("res_units")),
-        cost_usd=pl.when(called & dollars).then(above_0(number("cost") / 100)),
+        cost_usd=pl.when(~called).then(0.0).when(dollars).then(above_0(number("cost") / 100)),
         latency_ms=pl.when(called).then(number("response_time")),
-        status=pl.when(called).then(
+        status=pl.when(~called).then(pl.lit(CACHED)).otherwise(
             pl.when(ok).then(pl.lit("ok")).when(ok.is_null()).then(code).otherwise(
                 code.replace("ok", "error").fill_null("error")
             )
