@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint lock clean
+.PHONY: help setup demo test fuzz lint docs lock clean
 
 define CHECK_PYTHON
 @command -v "$(PYTHON)" > /dev/null || \
@@ -42,6 +42,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(STAMP) ## write docs/api.md and docs/cli.md anew from the code
+	$(BIN)/python docs/reference.py
 
 lock: ## resolve the newest versions afresh and write them to requirements.lock
 	$(CHECK_PYTHON)

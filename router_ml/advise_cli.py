@@ -9,7 +9,7 @@ import click
 
 from router_ml.cost_cli import toml_tables
 from router_ml.errors import InputError
-from router_ml.terminal import ExistingFile, LogPath, PathArg
+from router_ml.terminal import ExistingFile, LogPath, PathArg, working
 from router_ml.tune_cli import CONFIDENCE, JSON, PLOT, write_json, write_plot
 from router_ml.writing import write_aside
 
@@ -67,10 +67,11 @@ def advise(
     frame = read_log(log).sort("time", maintain_order=True)
     if len(frame) > rows:
         click.echo(f"the newest {rows:,} of {len(frame):,} rows", err=True)
-    found = run(
-        frame.tail(rows), cards, min_quality=min_quality, margin=margin, deployment=hosting, hosted=host,
-        data_classes=declared[0], regions=declared[1], confidence=confidence, scale=scale, seed=seed,
-    )  # fmt: skip
+    with working("judging segments"):
+        found = run(
+            frame.tail(rows), cards, min_quality=min_quality, margin=margin, deployment=hosting, hosted=host,
+            data_classes=declared[0], regions=declared[1], confidence=confidence, scale=scale, seed=seed,
+        )  # fmt: skip
     for line in found.in_words:
         click.echo(line)
     click.echo(f"all {found.intervals} intervals hold together with {confidence:.0%}")

@@ -13,6 +13,7 @@ import click
 
 from router_ml.errors import InputError
 from router_ml.terminal import ExistingFile, PathArg
+from router_ml.tune_cli import write_plot
 
 if TYPE_CHECKING:
     import polars as pl
@@ -89,8 +90,7 @@ def selfhost(
                 f"{one.model}: {one.usd_per_month:,.0f} USD a month against {one.self_usd_per_month:,.0f}: hosting "
                 f"{'pays' if one.pays else 'does not pay'}; it does {even}{until}"
             )
-    if plot is not None:
-        hosting.plot().savefig(plot)
+    write_plot(plot, hosting.plot)
     if model is not None and out is not None:
         written(Catalog(tuple(hosting.card(card) if card.id == model else card for card in cards)), out)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from router_ml.errors import InputError
-from router_ml.terminal import ExistingFile, LogPath
+from router_ml.terminal import ExistingFile, LogPath, working
 from router_ml.tune_cli import JSON, PLOT, STORE, log_rows, write_json, write_plot
 
 
@@ -38,7 +38,9 @@ def doctor(
     if cards is None and log is not None and (isinstance(log, str) or (log / "log.json").is_file()):
         given = read_log_info(log).get("catalog")
         cards = Catalog.from_json(given, f"{log}/log.json") if given else None
-    found = examine(log_rows(log, store), cards)
+    rows = log_rows(log, store)
+    with working("examining"):
+        found = examine(rows, cards)
     click.echo("\n".join(found.in_words))
     write_json(json_path, found.to_json())
     write_plot(plot, found.plot)

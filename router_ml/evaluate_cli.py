@@ -16,7 +16,7 @@ import click
 
 from router_ml.errors import InputError, NoAliasError, RegistryError, RouterError
 from router_ml.rollout_cli import WHO
-from router_ml.terminal import TRACKING, PathArg
+from router_ml.terminal import TRACKING, PathArg, stages
 from router_ml.tune_cli import CONFIDENCE, LOGS, POLICY, log_rows, write_json
 
 if TYPE_CHECKING:
@@ -247,7 +247,11 @@ def _judged(new: _Named, old: _Named, basis: _Basis, uri: str) -> tuple[Any, Any
     rows = log_rows(basis.logs, None if basis.logs is not None else basis.store)
     under = policy_under(basis.policy, basis.store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
-    found = challenge(champion, challenger, rows, since=basis.since, cluster=basis.cluster, confidence=basis.confidence)
+    with stages() as report:
+        found = challenge(
+            champion, challenger, rows, since=basis.since, cluster=basis.cluster, confidence=basis.confidence,
+            report=report,
+        )  # fmt: skip
     before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
     verdict = judge(found, champion.router, challenger.router, bundle=new.bundle, limits=limits, rolled_back=before)
     return found, verdict

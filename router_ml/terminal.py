@@ -40,7 +40,7 @@ class LogPath(click.Path):
 
 
 class Commands(click.Group):
-    """Turns the project's own errors into one line on stderr and exit code 2."""
+    """Turns the project's own errors into one line on stderr and exit code 2, an interruption into one and 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; its errors end the program here."""
@@ -65,6 +65,12 @@ class Commands(click.Group):
                 err=True,
             )
             ctx.exit(2)
+        except KeyboardInterrupt:  # results are written aside and renamed, so that nothing has to be put right here
+            click.echo(
+                "router-ml: interrupted: nothing is left half-written, and the same command may be given again",
+                err=True,
+            )
+            ctx.exit(130)
 
 
 @contextmanager
@@ -98,6 +104,15 @@ def stages() -> Iterator[Callable[[str, float], None]]:
             progress.update(tasks[stage], completed=share)
 
         yield report
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows on stderr that something is worked on, and for how long."""
+    with stages() as report:
+        report(what, 0.0)
+        yield
+        report(what, 1.0)
 
 
 def say_log(summary: LogSummary, out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from router_ml.evaluate_cli import CLUSTER, SINCE, policy_under
-from router_ml.terminal import PathArg
+from router_ml.terminal import PathArg, stages
 from router_ml.tune_cli import CONFIDENCE, LOGS, PLOT, POLICY, log_rows, write_plot
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ def tradeoff(
     rows = log_rows(logs, store)
     if store is not None:
         rows = _with_tiers(rows, store, router.policy)
-    found = judge(
-        router, rows, read_bundle(bundle).manifest, since=since, cluster=cluster, confidence=confidence,
-        keep_prompts=keep_prompts, most_rows=most_rows, settings=settings or SETTINGS,
-    )  # fmt: skip
+    with stages() as report:
+        found = judge(
+            router, rows, read_bundle(bundle).manifest, since=since, cluster=cluster, confidence=confidence,
+            keep_prompts=keep_prompts, most_rows=most_rows, settings=settings or SETTINGS, report=report,
+        )  # fmt: skip
     found.write(out)
     write_plot(plot, found.plot)
     source = found.source

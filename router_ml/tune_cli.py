@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from router_ml.errors import InputError
-from router_ml.terminal import ExistingFile, PathArg
-from router_ml.writing import finite, write_aside
+from router_ml.terminal import ExistingFile, PathArg, working
+from router_ml.writing import finite, made_aside, write_aside
 
 if TYPE_CHECKING:
     import polars as pl
@@ -72,13 +72,14 @@ def tune(
         "method": method,
     }
     frame = log_rows(logs, store)
-    if store is None:
-        found = run(router, frame, read_bundle(bundle).manifest, since=since, **options)
-    else:
-        from router_ml.store import Store
+    with working("testing settings"):
+        if store is None:
+            found = run(router, frame, read_bundle(bundle).manifest, since=since, **options)
+        else:
+            from router_ml.store import Store
 
-        decisions = list(Store(store).decisions(_microseconds(since)))
-        found = tune_judged(judged_of_decisions(router, decisions, frame), **options)
+            decisions = list(Store(store).decisions(_microseconds(since)))
+            found = tune_judged(judged_of_decisions(router, decisions, frame), **options)
     at = found.at
     if at is None:
         click.echo(f"no setting is shown to reach {min_quality:g} with {confidence:.0%} confidence: {found.why}")
@@ -133,7 +134,8 @@ def compare(
     from training.compare import compare as run
 
     frame, cards = log_rows(logs, store), _cards(logs, catalog)
-    found = run(frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence)
+    with working("comparing"):
+        found = run(frame, cards, model_a, model_b, task=task, effect=effect, power=power, confidence=confidence)
     on = f"{found.n:,} of {found.considered:,} requests" + (f" of task {task}" if task else "")
     if found.quality is None:
         click.echo(f"{model_a} - {model_b}: not identified on {found.considered:,} requests: {found.why}")
@@ -277,5 +279,4 @@ def write_plot(path: Path | None, plot: Any) -> None:
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {path} has to end in .png, .svg or .pdf")
     figure: Figure = plot()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    made_aside(path, lambda aside: figure.savefig(aside, dpi=120))

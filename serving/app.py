@@ -264,4 +264,5 @@ def serve(settings: Settings) -> None:
     gc.freeze()  # the bundle lives as long as the process: the collector need not walk it again
     server = _Server(configured(app, settings, log_config=None), app.state.service)  # its lines go where all lines go
     app.arrived, app.max_waiting = server.server_state.tasks.__len__, settings.max_waiting
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has ended in order
+        server.run()

@@ -68,7 +68,12 @@ _SECURITY = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name=
 _ROUTE, _OUTCOMES, _SET_HEALTH, _ADMIN, _ = ({"x-scope": scope} for scope in SCOPES)
 _IDEMPOTENT = _OUTCOMES | {
     "parameters": [
-        {"name": "idempotency-key", "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": 256}}
+        {
+            "name": "idempotency-key",
+            "in": "header",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 256},
+            "description": "The same outcome under the same key is stored once; another one under it is a 409.",
+        }
     ]
 }
 _HEALTH = _SET_HEALTH | {

@@ -25,7 +25,7 @@ MEDIA_TYPE = "application/problem+json"
 _SHOWN = 20  # errors of one body that are listed
 _NAME = 64  # characters of the longest unknown field that is named
 _DEPTH = 200  # where pydantic's parser gives up
-_TITLES = {
+TITLES = {
     "invalid-json": "The body is not JSON",
     "invalid-request": "The request is not valid",
     "no-eligible-model": "No model may serve this request",
@@ -64,7 +64,7 @@ class ProblemError(Exception):
         """The problem as JSON."""
         return {
             "type": f"urn:router-ml:problem:{self.kind}",
-            "title": _TITLES[self.kind],
+            "title": TITLES[self.kind],
             "status": self.status,
             "detail": self.detail,
             **self.extra,

@@ -26,6 +26,18 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Amount = Annotated[float, Field(ge=0, lt=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+
+def _said(what: str) -> Any:
+    return Field(description=what)
+
+
+POk = Annotated[float | None, _said("P(the answer is acceptable), given that there is one.")]
+PLow = Annotated[float | None, _said("Where the 90 % interval of `p_ok` begins.")]
+PHigh = Annotated[float | None, _said("Where it ends.")]
+PClaim = Annotated[float | None, _said("The cautious `p_ok` that the dial is held against.")]
+Cost = Annotated[float | None, _said("What the call is expected to cost, retries included.")]
+TotalCost = Annotated[float | None, _said("That and what follows a failure or a bad answer.")]
+
 _ONE_TEXT: JsonDict = {
     "oneOf": [
         {"properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}, "required": ["prompt"]},
@@ -75,7 +87,7 @@ class RouteBody(BaseModel):
     data_class: Name | None = Field(None, description="Only models cleared for it; default is the policy's.")
     region: Name | None = Field(None, description="Only models in this region.")
     needs: list[Literal["tools", "vision", "json"]] = Field([], max_length=3, description="Capabilities needed.")
-    tenant: Name | None = None
+    tenant: Name | None = Field(None, description="Whose request it is: budgets, sessions and rules go by it.")
     task: Name | None = Field(None, description="A tag that the policy's rules may match.")
     session: Name | None = Field(
         None, description="The conversation: it stays with its model unless there is a reason."
@@ -113,54 +125,46 @@ class RouteBody(BaseModel):
 
 
 class CandidateAnswer(TypedDict):
-    """A model that may serve the request. Numbers are null where nothing is known.
-
-    `p_low` and `p_high` bound the 90 % interval of `p_ok`; the dial is held against `p_claim`, which is at most `p_ok`.
-    """
+    """A model that may serve the request. Numbers are null where nothing is known."""
 
     model: str
     provider: str
-    p_ok: float | None
-    expected_cost_usd: float | None
-    expected_total_cost_usd: float | None
-    p_low: float | None
-    p_high: float | None
-    p_claim: float | None
+    p_ok: POk
+    expected_cost_usd: Cost
+    expected_total_cost_usd: TotalCost
+    p_low: PLow
+    p_high: PHigh
+    p_claim: PClaim
 
 
 class RouteAnswer(TypedDict):
-    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added.
-
-    `incumbent` is the model that the session was with, and `stayed` whether it was chosen, where there is one.
-    `degraded` says that the bundle's static twin made the estimates, since its transformer was late or failed.
-    `reserve_usd` is the most that calls of `model` may cost: what a gateway may reserve of a balance.
-    """
+    """A decision: call `model`; where it fails, the next of `candidates`. Fields are only ever added."""
 
     schema_version: int
-    decision_id: str
+    decision_id: Annotated[str, _said("What outcomes and explanations name.")]
     request_id: str | None
-    model: str
+    model: Annotated[str, _said("The model to call.")]
     provider: str
-    p_ok: float | None
-    expected_cost_usd: float | None
-    expected_total_cost_usd: float | None
-    p_low: float | None
-    p_high: float | None
-    p_claim: float | None
-    candidates: list[CandidateAnswer]
-    excluded: dict[str, str]
-    propensity: float
-    explored: bool
-    meets_threshold: bool
-    min_probability: float
-    quality_threshold: float | None
+    p_ok: POk
+    expected_cost_usd: Cost
+    expected_total_cost_usd: TotalCost
+    p_low: PLow
+    p_high: PHigh
+    p_claim: PClaim
+    candidates: Annotated[list[CandidateAnswer], _said("The order in which to try them, `model` first.")]
+    excluded: Annotated[dict[str, str], _said("Per model why it may not serve.")]
+    propensity: Annotated[float, _said("With which probability this model was chosen.")]
+    explored: Annotated[bool, _said("Whether the model was drawn to learn of it.")]
+    meets_threshold: Annotated[bool, _said("Whether its claim reaches the dial.")]
+    min_probability: Annotated[float, _said("The dial that held, after tier, key and budget.")]
+    quality_threshold: Annotated[float | None, _said("From this quality on an answer is acceptable.")]
     reason: str
-    model_version: str
+    model_version: Annotated[str, _said("The bundle that decided.")]
     policy_version: str
-    incumbent: NotRequired[str]
-    stayed: NotRequired[bool]
-    degraded: bool
-    reserve_usd: float | None
+    incumbent: Annotated[NotRequired[str], _said("The model that the session was with.")]
+    stayed: Annotated[NotRequired[bool], _said("Whether the session stays with it.")]
+    degraded: Annotated[bool, _said("Whether the bundle's twin made the estimates.")]
+    reserve_usd: Annotated[float | None, _said("The most that calls of `model` may cost.")]
     explanation: NotRequired[ExplanationAnswer]
 
 
@@ -217,8 +221,8 @@ class OutcomeBody(BaseModel):
     max_bytes: ClassVar[int] = MAX_SMALL_BYTES
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    decision_id: Name | None = None
-    request_id: Name | None = None
+    decision_id: Name | None = Field(None, description="The decision's; this or `request_id`.")
+    request_id: Name | None = Field(None, description="The caller's own id of the request.")
     status: Literal["ok", "error", "timeout", "rate_limited", "cancelled", "cached"] = Field(
         "ok",
         description="How the call ended; cached: the gateway's cache answered, at no cost.",
@@ -226,9 +230,9 @@ class OutcomeBody(BaseModel):
     served_model: Name | None = Field(None, description="The model that answered, where it is not the chosen one.")
     input_tokens: Count | None = None
     output_tokens: Count | None = None
-    cost_usd: Amount | None = None
-    latency_ms: Amount | None = None
-    retries: Count = 0
+    cost_usd: Amount | None = Field(None, description="What the call cost, by the provider.")
+    latency_ms: Amount | None = Field(None, description="How long the answer took.")
+    retries: Count = Field(0, description="Calls of the model that failed before.")
     quality: Share | None = Field(None, description="How good the answer was, 0 to 1.")
     quality_source: Name | None = Field(None, description="Who says so: user, judge, test, …")
 

@@ -185,7 +185,7 @@ class Proxy:
 
 
 def readme_yaml() -> dict[str, Any]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "gateway-engineer.md").read_text(encoding="utf-8")
     return dict(yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0]))
 
 

@@ -21,7 +21,10 @@ from router_ml.policy import Policy
 from training.outcomes import import_outcomes
 from training.world import SIMULATED_CATALOG
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, GATEWAY, FORMATS, OWNER = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/gateway-engineer.md", "docs/formats.md", "docs/product-owner.md")
+)
 DOCUMENTS = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/README.md", "deploy/README.md")
 ] + sorted((ROOT / "docs").glob("*.md"))
@@ -32,7 +35,7 @@ _PROGRAM = re.compile(rf"(?:\.venv/bin/)?((?:{'|'.join(map(re.escape, PROGRAMS))
 
 def fenced(text: str, language: str | None = None) -> list[str]:
     """The contents of the fenced code blocks, of one language or of all."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [body for name, body in found if language in (None, name)]
 
 
@@ -119,7 +122,7 @@ def test_the_file_map_is_true() -> None:
 
 
 def test_the_columns_of_the_log_are_those_of_the_schema() -> None:
-    (table,) = re.findall(r"\| columns \|.*\n((?:\|.*\n)+)", README)
+    (table,) = re.findall(r"\| columns \|.*\n((?:\|.*\n)+)", FORMATS)
     first_cells = [line.split("|")[1] for line in table.splitlines()[1:]]
     columns = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
     assert sorted(columns) == sorted(LOG_SCHEMA)
@@ -131,21 +134,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return small_demo(tmp_path_factory)
 
 
-def test_the_python_of_the_readme_runs_on_what_a_demo_leaves(demo: Demo) -> None:
-    blocks = fenced(README, "python")
-    assert len(blocks) >= 3
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], cwd=demo.folder, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert (demo.folder / "bundle" / "manifest.json").is_file()
-    assert len(read_log(demo.folder / "served")) == 10
-    assert "LogSummary(" in done.stdout and "cheapest candidate" in done.stdout
-
-
-def test_the_outcome_matrix_of_the_readme_imports(tmp_path: Path) -> None:
-    (matrix,) = fenced(README, "csv")
-    catalog = Catalog.from_json(json.loads(next(b for b in fenced(README, "json") if b.startswith('{"models"'))))
+def test_the_outcome_matrix_of_the_formats_imports(tmp_path: Path) -> None:
+    (matrix,) = fenced(FORMATS, "csv")
+    catalog = Catalog.from_json(json.loads(next(b for b in fenced(FORMATS, "json") if b.startswith('{"models"'))))
     (tmp_path / "outcomes.csv").write_text(matrix)
     summary = import_outcomes(tmp_path / "outcomes.csv", catalog, out=tmp_path / "logs")
     assert (summary.rows, summary.rejected) == (4, 0)
@@ -155,39 +146,50 @@ def test_the_outcome_matrix_of_the_readme_imports(tmp_path: Path) -> None:
     )
 
 
-def test_the_policy_and_the_answers_of_the_readme(demo: Demo, tmp_path: Path) -> None:
-    (toml,) = fenced(README, "toml")
+def test_the_policy_and_the_answers_that_are_shown(demo: Demo, tmp_path: Path) -> None:
+    (toml,) = fenced(GATEWAY, "toml")
     (tmp_path / "policy.toml").write_text(toml)
     policy = Policy.load(tmp_path / "policy.toml").check_models(SIMULATED_CATALOG)
-    asked, told, put = (json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", README, re.DOTALL))
-    shown = json.loads(next(b for b in fenced(README, "json") if '"decision_id"' in b))
-    paths = re.findall(r"curl -s http://127\.0\.0\.1:8000(/\w+)", README)
+    asked, told = (json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", GATEWAY, re.DOTALL)[:2])
+    shown = json.loads(next(b for b in fenced(GATEWAY, "json") if '"decision_id"' in b))
     with running(demo.out / "bundle", tmp_path / "store.db", policy=tmp_path / "policy.toml") as service:
-        answer = service.http.post(paths[0], json=asked)
+        answer = service.http.post("/route", json=asked)
         assert answer.status_code == 200, answer.text
         got = answer.json()
-        receipt = service.http.post(paths[1], json=told | {"decision_id": got["decision_id"]})
+        receipt = service.http.post("/outcomes", json=told | {"decision_id": got["decision_id"]})
         assert receipt.status_code == 200, receipt.text
         assert service.service.store.flush()
         (row,) = (row for row in service.service.store.iter_log_rows() if row["quality"] is not None)
-        for path in re.findall(r"`(?:GET )?(/\w+(?:\.json)?)`", README.partition("`GET /models`")[2][:200]):
-            assert service.http.get(path).status_code == 200, path
-    with running(demo.out / "bundle", tmp_path / "store.db") as service:
-        before = service.http.get("/policy").headers["etag"]
-        said = service.http.put("/policy", json=put, headers={"if-match": before})
-        assert said.status_code == 200 and said.json()["policy"].items() >= put.items()
     assert list(got) == list(shown)
-    assert got["excluded"] == shown["excluded"]
-    assert {c["model"] for c in got["candidates"]} == {c["model"] for c in shown["candidates"]}
-    assert got["min_probability"] == shown["min_probability"] == policy.tiers["premium"]
+    for text in (README, GATEWAY):
+        found = json.loads(next(b for b in fenced(text, "json") if '"decision_id"' in b))
+        assert set(found) <= set(got) and found["excluded"] == got["excluded"]
+        assert {c["model"] for c in found["candidates"]} == {c["model"] for c in got["candidates"]}
+        assert got["min_probability"] == found["min_probability"] == policy.tiers["premium"]
     assert got["policy_version"] == shown["policy_version"] == policy.version
     assert row["output_tokens"] == told["output_tokens"] and row["quality_source"] == told["quality_source"]
     rate = policy.exploration_rate
     assert shown["propensity"] == pytest.approx(1 - rate + rate / len(shown["candidates"]))
 
 
-def test_the_fields_of_a_request_that_the_readme_names_are_fields() -> None:
+def test_the_policies_that_a_product_owner_is_shown(demo: Demo, tmp_path: Path) -> None:
+    (toml,) = fenced(OWNER, "toml")
+    (tmp_path / "policy.toml").write_text(toml)
+    assert Policy.load(tmp_path / "policy.toml").check_models(SIMULATED_CATALOG).rules
+    (put,) = (json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", OWNER, re.DOTALL))
+    with running(demo.out / "bundle", tmp_path / "store.db") as service:
+        before = service.http.get("/policy").headers["etag"]
+        said = service.http.put("/policy", json=put, headers={"if-match": before})
+        assert said.status_code == 200 and said.json()["policy"].items() >= put.items()
+
+
+def test_the_metrics_and_fields_that_are_named_exist(demo: Demo, tmp_path: Path) -> None:
     from serving.schemas import RouteBody
 
-    (said,) = re.findall(r"the dial\s+and the constraints beside it:(.*?)\. The gateway", README, re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", said)) <= set(RouteBody.model_fields)
+    (said,) = re.findall(r"The fields of the body are (.*?)\.\n", GATEWAY, re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", said))
+    assert named <= set(RouteBody.model_fields) and len(named) > 15
+    with running(demo.out / "bundle", tmp_path / "store.db", challenger=demo.out / "bundle") as service:
+        exposed = service.http.get("/metrics").text
+    metrics = set(re.findall(r"`(router_\w+)`", GATEWAY)) - {"router_ml", "router_registry_up"}
+    assert sorted(name for name in metrics if f"# TYPE {name} " not in exposed) == []

@@ -28,6 +28,7 @@ from training.held_out import held_out
 from training.logged import Decided, Logged, decided, logged_of, one_row_a_request
 from training.ope import PolicyValue, SliceValues, evaluate_policies, evaluate_slices
 from training.promises import calibration_by_model, own_answers, promise_of
+from training.reading import Report, ticked
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 from training.slices import SLICES
 from training.support import CERTAIN
@@ -136,15 +137,18 @@ def challenge(
     cluster: str = "session",
     confidence: float = 0.95,
     seed: int = 0,
+    report: Report | None = None,
 ) -> Challenge:
     """Judges two bundles on the newest rows of a log that neither has learnt from, off-policy (`training.ope`).
 
     `since` takes later rows only, `most_rows` the newest of them. `cluster` is the column whose values are independent
     of each other. The best single model is the one that was best in the log's other rows. Rows without a text are left
     out, and so are those whose model was not drawn (later turns of sessions, pinned ones) where others' was: what is
-    found then holds for requests whose model is drawn. `notes` counts them. Raises InputError where no row is left, or
-    where it cannot be known what a bundle has learnt from.
+    found then holds for requests whose model is drawn. `notes` counts them. `report` is told of progress. Raises
+    InputError where no row is left, or where it cannot be known what a bundle has learnt from.
     """
+    say = report or (lambda stage, share: None)
+    say("routing anew", 0.0)
     rows, others, how = _judged(champion, challenger, log, since)
     considered = rows["request_id"].n_unique()
     rows, notes = usable_rows(one_row_a_request(rows), most_rows)
@@ -163,20 +167,23 @@ def challenge(
     points |= _dialled(CHALLENGER, challenger, rows, catalog, first)
     for model in challenger.router.catalog.ids:
         points[_Point("always", model=model)] = always_one(new, [model, *ranking])
+    say("routing anew", 1.0)
     options: dict[str, Any] = {"confidence": confidence, "seed": seed, "predictions": new.predictions}
     every: dict[Any, Array] = {**targets, **points}
     found: dict[str, dict[Any, PolicyValue]] = {
-        metric: evaluate_policies(logged, every, metric=metric, **options) for metric in METRICS
+        metric: evaluate_policies(logged, every, metric=metric, **options)
+        for metric in ticked(METRICS, "policies", say)
     }
     change = {
         metric: evaluate_policies(logged, {"": new.target}, baseline=old.target, metric=metric, **options)[""]
-        for metric in METRICS
+        for metric in ticked(METRICS, "change", say)
     }
+    say("slices, promises, changes", 0.0)
     answered = own_answers(rows)
     present = [name for name in by if name in logged.slices.columns]
     slices = evaluate_slices(logged, new.target, by=present, baseline=old.target, **options)
     both = {CHAMPION: (champion, old), CHALLENGER: (challenger, new)}
-    return Challenge(
+    made = Challenge(
         champion=champion.version, challenger=challenger.version,
         policies_in_force=(champion.router.policy.version, challenger.router.policy.version),
         n=len(rows), outcomes=int((~np.isnan(logged.metrics["quality"])).sum()), considered=considered,
@@ -195,6 +202,8 @@ def challenge(
         best_single=ranking[0] if ranking else None,
         notes=notes,
     )  # fmt: skip
+    say("slices, promises, changes", 1.0)
+    return made
 
 
 def catalog_of(first: Catalog, second: Catalog, rows: pl.DataFrame) -> Catalog:

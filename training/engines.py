@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -94,6 +95,7 @@ _work: Callable[[Any], Any]
 
 def _begin(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts its whole group: who started this one ends it
     threadpool_limits(limits=1, user_api="blas")
 
     def work(task: Any) -> Any:

@@ -32,6 +32,7 @@ from training.experiment import cost_column
 from training.held_out import held_out
 from training.logged import Decided, Logged, decided, logged_of, one_row_a_request
 from training.ope import Look
+from training.reading import Report, ticked
 from training.rivals import always_cheapest, always_one, ranked_models
 from training.slices import ABSENT
 from training.tradeoff_changes import Change, Changes, examples_of
@@ -198,14 +199,18 @@ def tradeoff(
     keep_prompts: bool = False,
     seed: int = 0,
     made: datetime | None = None,
+    report: Report | None = None,
 ) -> TradeOff:
     """What each setting of the dial would do on the log's newest requests, which the router has not learnt from.
 
     `log` as `read_log` gives it, with a column `tier` where it is known; `manifest` the bundle's. Rows that may judge
     are those of `training.challenge`: with a text, and where any model was drawn only those. Intervals have
     `confidence` each, and those of one setting's slices together. Requests a month are the whole log's over its
-    time. `keep_prompts` takes a few requests' texts along as examples. Raises InputError where no row can judge.
+    time. `keep_prompts` takes a few requests' texts along as examples; `report` is told of progress. Raises InputError
+    where no row can judge.
     """
+    say = report or (lambda stage, share: None)
+    say("routing anew", 0.0)
     rows, others, how = held_out(log, manifest, since=since)
     considered = rows["request_id"].n_unique()
     every = rows
@@ -217,13 +222,14 @@ def tradeoff(
     today = decided(router, rows, catalog, first)
     ranking = ranked_models(others, router.catalog)
     dialled = _dialled(router, rows, catalog.ids, first, values, today)
+    say("routing anew", 1.0)
     models = {metric: model for metric in METRICS if (model := models_of(logged, metric, seed, today)) is not None}
     judge = Judge(logged, models, Look(("dr",), confidence, "bootstrap", 1000, seed))
     singles = {model: always_one(today, [model, *ranking]) for model in router.catalog.ids}
     oracle = oracle_of(every, catalog.ids)
     scopes: list[Scope] = []
     at: dict[tuple[str, str], int] = {}
-    for by, name, mask in _scopes(logged, router):
+    for by, name, mask in ticked(_scopes(logged, router), "settings, by rows", say):
         best, why = oracle(rows["request_id"].filter(pl.Series(mask)))
         at[by, name] = len(scopes)
         scopes.append(
@@ -237,7 +243,7 @@ def tradeoff(
     shown = examples_of(rows, dialled, seed) if keep_prompts else ()
     changes = Changes(logged, models, judge.look, tuple(example["row"] for example in shown))
     tiers = []
-    for name, dial in router.policy.dials.items():
+    for name, dial in ticked(router.policy.dials.items(), "changes, by tier", say):
         scope = at.get(("tier", name), 0)
         why = _fixed(dial, router)
         position = None if why else values.index(dial.min_probability)
