@@ -52,23 +52,27 @@ def blocks(text: str) -> list[Block]:
 
 @dataclass
 class Reader:
-    """Who goes through a page: a folder, a shell's variables, a Python session, the service that was started last."""
+    """Who goes through a page: a folder, a shell's variables, the service that was started last, its last decision."""
 
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
-    session: dict[str, Any] = field(default_factory=lambda: {"__name__": "page"})
     url: str = ""
     decision: str = ""
     service: subprocess.Popen[bytes] | None = None
 
     def go_through(self, text: str, answers_no: dict[str, str]) -> None:
-        """Does all that the page does. `answers_no` are beginnings of commands that may exit with 1 here, and why."""
-        for block in blocks(text):
+        """Does all that the page does; its Python is one session, where the last of it stands.
+
+        `answers_no` are beginnings of commands that may exit with 1 here, and why.
+        """
+        found = blocks(text)
+        python = [i for i, block in enumerate(found) if block.language == "python"]
+        for i, block in enumerate(found):
             if block.file:
                 (self.folder / block.file).write_text(block.body, encoding="utf-8")
-            elif block.language == "python":
-                code = compile(_HERE.sub(self.url, block.body), f"{self.folder.name}.py", "exec")
-                exec(code, self.session)  # noqa: S102 (the page's own Python)
+            elif block.language == "python" and i == python[-1]:
+                session = "\n".join(_HERE.sub(self.url, found[at].body) for at in python)
+                self._shell(f"python -c {shlex.quote(session)}")
             elif block.language == "console":
                 for command in block.commands:
                     self.run(command, {0, 1} if any(command.startswith(begin) for begin in answers_no) else {0})
@@ -89,7 +93,11 @@ class Reader:
             return self._curl(words)
         if words[0] == "serve":
             return self._serve(words)
+        until = time.monotonic() + 30
         done = CliRunner(env=self.variables).invoke(main, words)
+        while "the store knows no decision" in done.stderr and time.monotonic() < until:
+            time.sleep(0.1)  # who types is slower than the drain, which takes decisions from the spool to the store
+            done = CliRunner(env=self.variables).invoke(main, words)
         assert done.exit_code in codes, f"{command}\n{done.output}\n{done.exception!r}"
         return done.stdout
 
@@ -97,7 +105,7 @@ class Reader:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-c", command], cwd=self.folder, env=os.environ | self.variables | {"PATH": path},
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         return done.stdout

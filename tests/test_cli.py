@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,6 +375,89 @@ def test_without_openmp_the_message_says_what_to_install(way: Way, tmp_path: Pat
     )
     assert done.returncode == 2, done.stderr
     assert "apt-get install libgomp1" in done.stderr and "Traceback" not in done.stderr
+
+
+# Each long command, told to write beside what is there: (its words, what its progress shows when it is interrupted).
+LONG: dict[str, tuple[Callable[[Way], list[str | Path]], str]] = {
+    "simulate": (lambda w: ["simulate", "--rows", "300000", "--out", "new"], "requests"),
+    "import": (lambda w: ["import", "table", "calls.csv", "--out", "new"], "rows"),
+    "import outcomes": (
+        lambda w: ["import", "outcomes", "calls.csv", "--catalog", "catalog.json", "--out", "new"], "rows"
+    ),
+    "train": (lambda w: ["train", "--logs", w / "logs", "--encoder", "lexical", "--out", "new"], "network"),
+    "evaluate": (
+        lambda w: ["evaluate", w / "again", "--champion", w / "bundle", "--logs", w / "logs", "--html", "new.html",
+                   "--json", "new.json"],
+        "routing anew",
+    ),
+    "promote": (lambda w: ["promote", "router", "2", "--logs", w / "logs", "--tracking-uri", w.uri], "routing anew"),
+    "tradeoff": (
+        lambda w: ["tradeoff", "--bundle", w / "bundle", "--logs", w / "logs", "--out", "new.json"], "settings, by rows"
+    ),
+    "tune": (
+        lambda w: ["tune", "--bundle", w / "bundle", "--logs", w / "logs", "--min-quality", "0.5", "--json", "new.json"],
+        "testing settings",
+    ),
+    "advise": (lambda w: ["advise", w / "logs", "--csv", "new.csv", "--plot", "new.png"], "judging segments"),
+    "doctor": (lambda w: ["doctor", w / "logs", "--json", "new.json"], "examining"),
+    "demo": (lambda w: ["demo", "--encoder", "lexical", "--rows", "200000"], "simulate"),
+}  # fmt: skip
+
+
+def interrupted(folder: Path, args: list[str | Path], when: str) -> tuple[int, str]:
+    """Runs the command at a terminal and interrupts it, as Ctrl-C does, once `when` is shown: (exit code, what it said)."""
+    ours, theirs = pty.openpty()
+    (folder.parent / "scratch").mkdir(exist_ok=True)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "router_ml.cli", *map(str, args)],
+        cwd=folder,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200", "TMPDIR": str(folder.parent / "scratch")},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    said, sent = "", False
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as screen:  # Linux ends it with an error
+        while chunk := screen.read(4096):
+            said += chunk.decode(errors="replace")
+            if not sent and when in said:
+                os.killpg(started.pid, signal.SIGINT)
+                sent = True
+    assert sent, said
+    return started.wait(60), said
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_work_shows_progress_and_an_interruption_does_no_harm(name: str, way: Way, tmp_path: Path) -> None:
+    args, when = LONG[name]
+    folder = tmp_path / "here"
+    folder.mkdir()
+    cards = [{"id": m, "provider": "acme", "tier": "hosted-open", "input_usd_per_mtok": 1, "output_usd_per_mtok": 1,
+              "context_window": 4096} for m in ("small", "large")]  # fmt: skip
+    (folder / "catalog.json").write_text(json.dumps({"models": cards}))
+    n = 200_000 if name.startswith("import") else 1
+    start = pl.lit("2026-01-01").str.to_datetime(time_zone="UTC")
+    calls = pl.select(request_id=pl.format("r{}", pl.int_range(n)), time=start + pl.duration(seconds=pl.int_range(n)))
+    calls = calls.with_columns(model=pl.lit("small"), prompt=pl.format("question {}", "request_id"))
+    calls.with_columns(**{"correct/small": 1, "correct/large": 1}).write_csv(folder / "calls.csv")
+    before = {p.name for p in folder.iterdir()}
+    for _ in range(5):  # a short one may be done before the signal gets there
+        code, said = interrupted(folder, args(way), when)
+        if code == 130:
+            break
+        for path in folder.glob("new.*"):
+            path.unlink()
+    assert code == 130, said[-2000:]
+    assert "router-ml: interrupted: nothing is left half-written" in said and "Traceback" not in said
+    left = {p.name for p in folder.iterdir()} - before
+    assert left == ({"new"} if name == "import" else {"demo"} if name == "demo" else set())
+    assert [p.name for p in (tmp_path / "scratch").iterdir()] == []
+    if name == "import":  # it goes on where it was, and readers have not seen any of it
+        assert not (folder / "new" / "log.json").exists()
+        assert f"{n} rows" in ok("import", "table", folder / "calls.csv", "--out", folder / "new")
+    assert registry.resolve(way.uri, "router", "champion").version == "1"
 
 
 def test_help_fits_a_screen() -> None:

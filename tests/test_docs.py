@@ -24,6 +24,16 @@ ANSWERS_NO = {
     "router-ml promote router --logs": "the gate wants 500 outcomes, the newest of the last 30 days",
     "router-ml tune": "300 rows show little for certain",
 }
+# What pages leave behind for whoever went through them.
+LEAVES = {
+    "README.md": ("bundle/manifest.json", "tradeoff.json"),
+    "docs/data-scientist.md": (
+        "bundle/manifest.json", "report.html", "examination.json", "outcomes.png", "advice.csv", "explore.toml",
+        "wider/manifest.json", "hosted.json", "priced.json", "log-of-the-service/log.json",
+    ),
+    "docs/importing.md": ("logs/log.json",),
+    "docs/formats.md": ("logs/log.json",),
+}  # fmt: skip
 # Commands that no test runs as they stand, and why. Each has to be in a document, so that the list stays true.
 NOT_RUN = {
     r"make (demo|test|setup|fuzz|lint)\b": "this is make test; test_demo.py runs the same router-ml demo, CI the rest",
@@ -49,6 +59,8 @@ def test_what_is_not_run_is_listed_with_its_reason() -> None:
     unlisted = [line for line in lines if not any(re.match(pattern, line) for pattern in NOT_RUN)]
     assert unlisted == [], "put them into a console block, or say in NOT_RUN why they are not run"
     assert [pattern for pattern in NOT_RUN if not any(re.match(pattern, line) for line in lines)] == []
+    run = [command for path in PAGES for block in blocks(path.read_text("utf-8")) for command in block.commands]
+    assert [begin for begin in ANSWERS_NO if not any(command.startswith(begin) for command in run)] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -109,6 +121,8 @@ def test_the_commands_of_a_page_run(path: Path, demo: Demo, tmp_path: Path) -> N
     _lay_out(tmp_path, demo)
     with reader(tmp_path) as one:
         one.go_through(path.read_text(encoding="utf-8"), ANSWERS_NO)
+    left = LEAVES.get(path.relative_to(ROOT).as_posix(), ())
+    assert [name for name in left if not (tmp_path / name).is_file()] == []
 
 
 def test_a_command_that_fails_is_seen(tmp_path: Path) -> None:
