@@ -33,10 +33,10 @@ Written by `make docs` from the service's OpenAPI, which `GET /openapi.json` ans
 page. A path through it is in [gateway-engineer.md](gateway-engineer.md), the words are in
 [glossary.md](glossary.md).
 
-Bodies and answers are JSON (`content-type: application/json`); units stand beside the fields. Where the service has API keys, one goes with every request but the probes, as `x-api-key: KEY` or
-`Authorization: Bearer KEY`; the scope that an endpoint names has to be among the key's (`route`, `outcomes`,
-`health`, `admin`, `read`); where it names none, any key will do. Fields are only ever added: `schema_version` is
-{version}.
+Bodies and answers are JSON (`content-type: application/json`); units stand beside the fields. Where the service has
+API keys, one goes with every request but the probes, as `x-api-key: KEY` or `Authorization: Bearer KEY`; the scope
+that an endpoint names has to be among the key's (`route`, `outcomes`, `health`, `admin`, `read`); where it names
+none, any key will do. Fields are only ever added: `schema_version` is {version}.
 """
 _ERRORS = """## Errors
 

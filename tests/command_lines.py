@@ -17,6 +17,9 @@ from benchmarks.load import main as load
 from benchmarks.ope import main as ope
 from benchmarks.quality import main as quality
 from benchmarks.scale import main as scale
+from benchmarks.service import main as service
+from benchmarks.sessions import main as sessions
+from benchmarks.shadow import main as shadow
 from benchmarks.tune import main as tune
 from router_ml.cli import main as router_ml
 
@@ -32,6 +35,9 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m benchmarks.calibration": calibration,
     "python -m benchmarks.tune": tune,
     "python -m benchmarks.ope": ope,
+    "python -m benchmarks.service": service,
+    "python -m benchmarks.sessions": sessions,
+    "python -m benchmarks.shadow": shadow,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))

@@ -395,7 +395,7 @@ LONG: dict[str, tuple[Callable[[Way], list[str | Path]], str]] = {
         lambda w: ["tradeoff", "--bundle", w / "bundle", "--logs", w / "logs", "--out", "new.json"], "settings, by rows"
     ),
     "tune": (
-        lambda w: ["tune", "--bundle", w / "bundle", "--logs", w / "logs", "--min-quality", "0.5", "--json", "new.json"],
+        lambda w: ["tune", "--bundle", w / "bundle", "--logs", w / "logs", "--min-quality", ".5", "--json", "new.json"],
         "testing settings",
     ),
     "advise": (lambda w: ["advise", w / "logs", "--csv", "new.csv", "--plot", "new.png"], "judging segments"),
@@ -405,7 +405,7 @@ LONG: dict[str, tuple[Callable[[Way], list[str | Path]], str]] = {
 
 
 def interrupted(folder: Path, args: list[str | Path], when: str) -> tuple[int, str]:
-    """Runs the command at a terminal and interrupts it, as Ctrl-C does, once `when` is shown: (exit code, what it said)."""
+    """(exit code, what it said) of a command at a terminal, interrupted as by Ctrl-C once it shows `when`."""
     ours, theirs = pty.openpty()
     (folder.parent / "scratch").mkdir(exist_ok=True)
     started = subprocess.Popen(

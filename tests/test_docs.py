@@ -49,7 +49,7 @@ NOT_RUN = {
 def _not_run(text: str) -> list[str]:
     """The command lines of a document that stand in no console block."""
     rest = re.sub(r"^```console\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    plain = [line.strip() for line in rest.splitlines() if re.match(r" {4}(python -m benchmarks|bash )", line)]
+    plain = [line.strip() for line in rest.splitlines() if re.match(r" {4}bash ", line)]
     shell = [line for block in blocks(rest) if block.language == "sh" for line in block.body.splitlines()]
     return [*shown_commands(rest), *plain, *(line for line in shell if line and not line.startswith(" "))]
 

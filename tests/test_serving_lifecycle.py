@@ -267,3 +267,12 @@ def test_a_taken_port_is_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
         started = start_process(bundle=tiny_bundle, store=tmp_path / "b.db", port=live.http.base_url.port)
         said, _ = started.communicate(timeout=60)
         assert started.returncode not in (0, None) and "address already in use" in said
+
+
+def test_ctrl_c_ends_it_in_order(tiny_bundle: Path, tmp_path: Path) -> None:
+    with process(bundle=tiny_bundle, store=tmp_path / "store.db") as (started, http):
+        decision = http.post("/route", json=PROMPT).json()["decision_id"]
+        started.send_signal(signal.SIGINT)
+        said, _ = started.communicate(timeout=30)
+    assert started.returncode == 0 and "Traceback" not in said
+    assert decision in {row["decision_id"] for row in Store(str(tmp_path / "store.db")).decisions()}
