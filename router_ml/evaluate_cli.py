@@ -247,7 +247,7 @@ def _judged(new: _Named, old: _Named, basis: _Basis, uri: str) -> tuple[Any, Any
     rows = log_rows(basis.logs, None if basis.logs is not None else basis.store)
     under = policy_under(basis.policy, basis.store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
-    with stages() as report:
+    with stages(transient=True) as report:
         found = challenge(
             champion, challenger, rows, since=basis.since, cluster=basis.cluster, confidence=basis.confidence,
             report=report,

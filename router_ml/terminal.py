@@ -88,15 +88,16 @@ def bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar per stage on stderr."""
+def stages(*, transient: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per stage on stderr; one that is transient is gone when all is done, and no file sees it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     tasks: dict[str, TaskID] = {}
     with Progress(
-        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-    ) as progress:
+        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=transient,
+    ) as progress:  # fmt: skip
 
         def report(stage: str, share: float) -> None:
             if stage not in tasks:
@@ -109,7 +110,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows on stderr that something is worked on, and for how long."""
-    with stages() as report:
+    with stages(transient=True) as report:
         report(what, 0.0)
         yield
         report(what, 1.0)

@@ -55,7 +55,7 @@ def tradeoff(
     rows = log_rows(logs, store)
     if store is not None:
         rows = _with_tiers(rows, store, router.policy)
-    with stages() as report:
+    with stages(transient=True) as report:
         found = judge(
             router, rows, read_bundle(bundle).manifest, since=since, cluster=cluster, confidence=confidence,
             keep_prompts=keep_prompts, most_rows=most_rows, settings=settings or SETTINGS, report=report,
