@@ -14,6 +14,7 @@ import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
+from router_ml.log_texts import unreadable_messages, unreadable_tools
 from router_ml.rawfiles import BROKEN_UTF8, JSON_COLUMNS, REASON, REJECT_SCHEMA, ROW, plain, rejected
 from router_ml.types import CACHED, MOST_TOKENS, MOST_USD, STATUSES
 
@@ -252,7 +253,10 @@ def _wrong_values(rows: pl.DataFrame, lost: Mapping[str, pl.Series], catalog: Ca
         checks[f"{name} of more than 10^10"] = pl.col(name) > MOST_TOKENS
     checks["unknown status"] = ~pl.col("status").is_in(list(STATUSES))
     masks = rows.select(check.fill_null(False).alias(reason) for reason, check in checks.items())
-    return {reason: masks[reason] for reason in checks}
+    return {reason: masks[reason] for reason in checks} | {
+        "messages are no conversation": unreadable_messages(rows["messages"]),
+        "tools are no JSON array": unreadable_tools(rows["tools"]),
+    }
 
 
 def _wrong_times(

@@ -90,6 +90,16 @@ def test_without_prompts_nothing_is_learnt(drawn: tuple[pl.DataFrame, Path]) -> 
     assert "store_prompts_in_spend_logs" in next(r.how for r in found.remedies if r.what == "prompts")
 
 
+def test_conversations_that_cannot_be_read_are_told(drawn: tuple[pl.DataFrame, Path]) -> None:
+    wrong = {0: '[{"role": "robot", "content": "x"}]', 1: "hello", 2: "[]"}  # as logs of before had them
+    texts = pl.Series([wrong.get(at) for at in range(drawn[0].height)], dtype=pl.String)
+    found = examine(drawn[0].with_columns(messages=texts), SIMULATED_CATALOG, now=soon(drawn[0]))
+    assert of(found)["prompts"].numbers["unreadable"] == 2 and "2 rows have messages" in of(found)["prompts"].sentence
+    assert "messages that can be read" in first_remedies(found)
+    clean = examine(drawn[0], SIMULATED_CATALOG, now=soon(drawn[0]))
+    assert found.models["outcomes"].sum() == clean.models["outcomes"].sum() - drawn[0][:2]["quality"].count()
+
+
 def test_without_feedback_nothing_says_what_was_good(drawn: tuple[pl.DataFrame, Path]) -> None:
     log = drawn[0].with_columns(quality=pl.lit(None, pl.Float64), quality_source=pl.lit(None, pl.String))
     found = examine(log, SIMULATED_CATALOG, now=soon(log))

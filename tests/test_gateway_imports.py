@@ -25,6 +25,8 @@ from training.importers.importing import ImportSummary, import_log
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LANGFUSE, OTEL = FIXTURES / "langfuse", FIXTURES / "otel" / "otlp.jsonl"
+HARD = 'And "now"?\n\tC:\\dir\\new \\n \x01 \U0001f600'
+"""What the fixtures hold to see whether a text comes through as it was written."""
 PORTKEY, HELICONE = FIXTURES / "portkey" / "logs.jsonl", FIXTURES / "helicone"
 
 
@@ -53,6 +55,7 @@ def test_langfuse_takes_generations_in_one_unit_and_a_trace_s_score_once(tmp_pat
     assert (rows["gen-1"]["propensity"], rows["gen-1"]["candidates"]) == (None, None)  # it was between other names
     assert (rows["gen-1"]["task"], rows["gen-1"]["tenant"], rows["gen-1"]["session"]) == ("refunds", "acme", "s1")
     assert rows["gen-4"]["prompt"] == "Still running" and rows["gen-2"]["tools"]
+    assert json.loads(rows["gen-2"]["messages"]) == [{"role": "user", "content": HARD}]
     assert request_of_log_row(None, rows["gen-1"]["messages"]).messages[-1].text == "Where is my refund?"
     # The trace has two answers: its thumb goes to the last, the judge's score to the one that it names.
     assert [rows[f"gen-{i}"]["quality"] for i in range(1, 6)] == [0.25, 1.0, 0.0, None, 1.0]
@@ -137,6 +140,7 @@ def test_otlp_spans_of_both_generations_of_names(tmp_path: Path) -> None:
     # JSON text and nested OTLP values say the same; a span without an operation's name is known by its usage.
     asked = request_of_log_row(None, new["messages"])
     assert [m.role for m in asked.messages] == ["system", "user", "assistant", "tool"]
+    assert asked.messages[0].text == f"Be terse. {HARD}"
     assert asked.messages[1].text == "Capital of Peru?" and asked.messages[3].text == "Lima"
     assert json.loads(nested["messages"]) == [{"role": "user", "content": "Capital of Peru?"}]
     assert nested["status"] == "timeout" and (bare["propensity"], bare["policy_version"]) == (0.125, "p-2")
@@ -170,6 +174,7 @@ def test_portkey_cents_retries_caches_and_weighted_feedback(tmp_path: Path) -> N
     assert rows["pk-1"]["cost_usd"] == pytest.approx(0.000345) and rows["pk-6"]["cost_usd"] == pytest.approx(0.015)
     assert rows["pk-7"]["cost_usd"] is None  # euros
     assert (rows["pk-2"]["latency_ms"], rows["pk-2"]["retries"]) == (3050.5, 2)
+    assert json.loads(rows["pk-2"]["messages"]) == [{"role": "user", "content": HARD}]
     assert (rows["pk-3"]["status"], rows["pk-3"]["retries"], rows["pk-3"]["cost_usd"]) == ("rate_limited", None, None)
     nothing = [rows["pk-4"][name] for name in ("latency_ms", "retries", "provider")]
     assert nothing == [None] * 3 and rows["pk-4"]["output_tokens"] == 30
@@ -211,7 +216,8 @@ def test_helicone_rows_of_its_api_and_of_its_table(tmp_path: Path) -> None:
     assert (rows["h-1"]["model"], rows["t-1"]["model"], rows["t-1"]["tenant"]) == ("gpt-4o-mini", "gpt-4o", "globex")
     assert rows["h-3"]["input_tokens"] is None
     asked = request_of_log_row(None, rows["t-1"]["messages"])
-    assert asked.messages[0].text == "Hi"
+    assert asked.messages[0].text == f"Hi {HARD}"
+    assert json.loads(rows["h-2"]["messages"]) == [{"role": "user", "content": HARD}]
     # The rating stands among the scores, too, and counts once.
     assert rows["h-1"]["quality"] == pytest.approx((0.85 + 3 * 1.0) / 4)
     assert rows["h-2"]["quality"] == pytest.approx((0.2 + 0.0) / 2) and rows["t-1"]["quality"] == 0.5

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from router_ml.catalog import Catalog
+from router_ml.log_texts import unreadable_messages, unreadable_tools
 from router_ml.types import ModelCard
 from training import log_checks
 from training.compare import LEAST_PAIRS
@@ -32,9 +33,12 @@ def examine(log: pl.DataFrame, catalog: Catalog | None, *, now: datetime | None 
     supports nothing: that is what it says then.
     """
     now = datetime.now(UTC) if now is None else now
+    unreadable = unreadable_messages(log["messages"]) | unreadable_tools(log["tools"])
+    has_text = _HAS_TEXT & ~pl.lit(unreadable)
     log = log.with_columns(
-        _text=_HAS_TEXT,
-        _outcome=_HAS_TEXT & pl.col("quality").is_not_null(),
+        _text=has_text,
+        _unreadable=pl.lit(unreadable),
+        _outcome=has_text & pl.col("quality").is_not_null(),
         _answered=pl.col("status").is_null() | ~pl.col("status").is_in([*FAILURES, "cancelled"]),
     )
     if log.is_empty():

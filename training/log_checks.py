@@ -71,14 +71,16 @@ def cards(models: pl.DataFrame, catalog: Catalog | None) -> Check:
 
 
 def prompts(log: pl.DataFrame) -> Check:
-    """How many rows have a text."""
-    share = _share(int(log["_text"].sum()), log.height)
+    """How many rows have a text that can be read."""
+    share, unreadable = _share(int(log["_text"].sum()), log.height), int(log["_unreadable"].sum())
     if share == 0:
         said = "no row has a prompt: it can be counted what was spent and what failed, but nothing can be learnt"
     else:
         said = f"{share:.1%} of the rows have a prompt; the others count for cost, latency and reliability alone"
         said = "every row has a prompt" if share == 1 else said
-    return Check("prompts", _state(share), said, {"share": share})
+    if unreadable:
+        said += f"; {unreadable} rows have messages or tools that cannot be read, for which training refuses the log"
+    return Check("prompts", _state(share), said, {"share": share, "unreadable": unreadable})
 
 
 def propensities(log: pl.DataFrame) -> Check:

@@ -33,6 +33,11 @@ def remedies_for(checks: Sequence[Check], models: pl.DataFrame) -> tuple[Remedy,
             why = "more of it, and from all models alike, makes what is learnt surer"
         found.append(Remedy("feedback", why, "report it to POST /outcomes (quality, quality_source), or bring it late: "
                             "router-ml import feedback FILE --out LOG --rule NAME=thumbs"))  # fmt: skip
+    if "prompts" in of and of["prompts"].numbers["unreadable"]:
+        found.append(Remedy(
+            "messages that can be read", "training refuses a log with a row whose conversation is none",
+            "bring the source into a new log with router-ml import, which maps such rows or sets them aside",
+        ))  # fmt: skip
     if lacks("prompts"):
         found.append(Remedy(
             "prompts", "an outcome teaches nothing without its request's text",

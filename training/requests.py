@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from router_ml.conversation import request_of_log_row
+from router_ml.errors import InputError
 from router_ml.logs import LogFiles, scan_log
 from router_ml.types import RouteRequest
 
@@ -52,7 +53,16 @@ class LoggedRequests(Sequence[RouteRequest]):
 
     def read(self) -> list[RouteRequest]:
         """All of them, parsed. Raises InputError for a conversation that is not one."""
-        return [request_of_log_row(*row) for row in self.texts().iter_rows()]
+        made = []
+        for at, row in zip(self.at, self.texts().iter_rows(), strict=True):
+            try:
+                made.append(request_of_log_row(*row))
+            except InputError as error:
+                raise InputError(
+                    f"row {at + 1} of the log: {error}; 'router-ml doctor' counts such rows, and importing the source "
+                    "into a new log maps them or sets them aside"
+                ) from None
+        return made
 
     def texts(self) -> pl.DataFrame:
         """Their `TEXT` columns, a row each."""

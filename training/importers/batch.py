@@ -1,7 +1,8 @@
 """What a reader of a gateway's log gives: batches of rows in the log's columns, signals of quality, rejects, a cursor.
 
-A reader is a function `read(source, options) -> Iterator[Batch]`. It maps columns with polars expressions and never
-walks over rows in Python. It neither validates nor sorts nor drops what was read before: `importing.import_log` does.
+A reader is a function `read(source, options) -> Iterator[Batch]`. It maps columns with polars expressions, and walks
+over rows in Python only to read JSON (`jsontext`). It neither validates nor sorts nor drops what was read before:
+`importing.import_log` does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ def read_export(
     options: ReadOptions,
     *,
     folders: Iterable[str] = (),
-    keys: Mapping[str, Iterable[str]] | None = None,
 ) -> Iterator[tuple[Chunk, dict[str, Any]]]:
     """Chunks of a file, or of all files of a folder and of those of its `folders` that are there, with their cursors.
 
@@ -30,7 +29,7 @@ def read_export(
     cursors: dict[str, Any] = dict((options.cursor or {}).get("files", {}))
     for file in _files(path, folders) if path.is_dir() else [path]:
         name = file.name if file == path else file.relative_to(path).as_posix()
-        for chunk in read_columns(file, names, cursor=cursors.get(name), chunk_rows=options.chunk_rows, keys=keys):
+        for chunk in read_columns(file, names, cursor=cursors.get(name), chunk_rows=options.chunk_rows):
             cursors[name] = chunk.cursor
             yield chunk, {"files": dict(cursors)}
 

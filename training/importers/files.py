@@ -1,4 +1,4 @@
-"""Exported files in chunks of text columns, fast: polars reads, and Python only a chunk that polars refuses.
+"""Exported files in chunks of text columns, fast; Python's own readers take only what the fast ones refuse.
 
 Numbers and times come as text, nested JSON as its JSON text, so that whoever maps them decides how to read them.
 """
@@ -21,8 +21,9 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
 from router_ml.errors import InputError
-from router_ml.rawfiles import ORIGINAL, REJECT_SCHEMA, ROW, RawChunk, jsonl_chunk, read_csv
+from router_ml.rawfiles import ORIGINAL, REJECT_SCHEMA, ROW, BrokenRow, jsonl_chunk, read_csv
 from training.importers.batch import no_rejects
+from training.importers.jsontext import fields_of
 
 CHUNK_BYTES = 1 << 26
 CSV_BYTES = 1 << 23  # pyarrow holds some ten blocks; a row that is longer takes the slow way
@@ -33,7 +34,7 @@ _READ_ROWS = 1_024
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows of a file. `frame` has `ROW` and every wanted column: text in CSV and JSONL, as found in Parquet, null where
-    it is absent; one of which keys are wanted may be a struct of texts. `cursor` goes on after them.
+    it is absent. `cursor` goes on after them.
 
     `raw_of` gives the rows as they stood in the file, with `ROW`; it costs, and few chunks have rejects. `names` are
     the file's columns, None where each row has its own.
@@ -57,12 +58,9 @@ def read_columns(
     *,
     cursor: Mapping[str, Any] | None = None,
     chunk_rows: int = 100_000,
-    keys: Mapping[str, Iterable[str]] | None = None,
 ) -> Iterator[Chunk]:
     """Reads the wanted columns of a .parquet, .csv, .jsonl or .ndjson file, from a chunk's cursor on.
 
-    `keys` says of columns with JSON objects which keys are wanted: where JSONL has them as objects, which need not be,
-    the column comes as a struct of texts (`values.keys_of` reads either), and the rest of the object is passed over.
     A file that grew is read from where the cursor was; one whose beginning has changed from its first row. Raises
     InputError for a file that is missing, of another kind or damaged as a whole.
     """
@@ -74,7 +72,7 @@ def read_columns(
         at = {}
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        yield from _jsonl(path, _schema(names, keys or {}), at)
+        yield from _jsonl(path, names, at)
     elif kind == ".csv":
         yield from _together(_csv(path, names, at, chunk_rows))
     else:
@@ -94,12 +92,7 @@ def _same(path: Path, at: Mapping[str, Any]) -> bool:
         return bool(hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"])
 
 
-def _schema(names: list[str], keys: Mapping[str, Iterable[str]]) -> dict[str, pl.DataType]:
-    structs = {name: pl.Struct(dict.fromkeys(inner, pl.String())) for name, inner in keys.items()}
-    return {name: structs.get(name, pl.String()) for name in names}
-
-
-def _jsonl(path: Path, schema: Mapping[str, pl.DataType], at: Mapping[str, Any]) -> Iterator[Chunk]:
+def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chunk]:
     row, offset = at.get("row", 0), at.get("offset", 0)
     with path.open("rb") as file:
         file.seek(offset)
@@ -111,54 +104,53 @@ def _jsonl(path: Path, schema: Mapping[str, pl.DataType], at: Mapping[str, Any])
                 continue
             data, rest = b"".join((rest, memoryview(block)[:cut])), block[cut:]
             offset += len(data)
-            frame, raw_of, rejects, read = _lines(data, schema, row)
+            frame, raw_of, rejects, read = _lines(data, names, row)
             row += read
             yield Chunk(frame, raw_of, rejects, _mark(path, row, offset))
         if rest.strip():
             # A last line without newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
-            frame, raw_of, rejects, read = _lines(rest, schema, row)
+            frame, raw_of, rejects, read = _lines(rest, names, row)
             whole = frame.height > 0
             yield Chunk(frame, raw_of, rejects, _mark(path, row + whole, offset + len(rest) * whole))
 
 
 def _lines(
-    data: bytes, schema: Mapping[str, pl.DataType], done: int
+    data: bytes, names: list[str], done: int
 ) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
     """Some lines as (columns, their text, the lines that are no JSON object, how many there were)."""
     if done == 0:
         data = data.removeprefix(b"\xef\xbb\xbf")
-    plain = dict.fromkeys(schema, pl.String())
-    for attempt in [schema] if schema == plain else [schema, plain]:
-        try:
-            frame = pl.read_ndjson(data, schema=attempt) if data.strip() else pl.DataFrame(schema=attempt)
-        except pl.exceptions.PolarsError:
-            continue
-        if frame.height != data.count(b"\n") + (not data.endswith(b"\n")):
-            break  # empty lines, or something that polars takes for one
-        rows = pl.int_range(done + 1, done + frame.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
-        return frame.with_columns(rows), partial(_text_of, data, rows), no_rejects(), frame.height
-    return _by_line(data, plain, done)
+    sound = _is_utf8(data)
+    lines = [line for line in data.split(b"\n") if line and not line.isspace()]
+    read, kept, found, broken = fields_of(tuple(names)), [], [], []
+    for at, line in enumerate(lines):
+        if sound or _is_utf8(line):
+            values = read(line)
+            if values is not None:
+                kept.append(at)
+                found.append(values)
+                continue
+        refused = jsonl_chunk([line], done + at).broken
+        broken += refused or [BrokenRow(done + at + 1, "not valid JSON", json.dumps(line.decode()))]
+    columns = zip(*found, strict=True) if found else [()] * len(names)
+    texts = [pl.Series(name, values, dtype=pl.String) for name, values in zip(names, columns, strict=True)]
+    rows = pl.Series(ROW, kept, dtype=pl.Int64) + (done + 1)
+    return pl.DataFrame([*texts, rows]), partial(_text_of, lines, kept, rows), _broken(broken), len(lines)
 
 
-def _text_of(data: bytes, rows: pl.Series) -> pl.DataFrame:
-    lines = pl.Series(ORIGINAL, [data.decode().removesuffix("\n")], dtype=pl.String).str.split("\n").explode()
-    return pl.DataFrame([lines.str.strip_chars(), rows])
+def _is_utf8(data: bytes) -> bool:
+    try:
+        return data.isascii() or bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
-def _by_line(
-    data: bytes, schema: Mapping[str, pl.DataType], done: int
-) -> tuple[pl.DataFrame, Callable[[], pl.DataFrame], pl.DataFrame, int]:
-    lines = [line for line in data.split(b"\n") if line.strip()]
-    chunk = jsonl_chunk(lines, done)
-    rows, originals = pl.Series(ROW, chunk.rows, dtype=pl.Int64), chunk.originals or []
-    kept = [line.encode() for line in originals]
-    frame = pl.read_ndjson(b"\n".join(kept), schema=schema) if kept else pl.DataFrame(schema=schema)
-    raw = pl.DataFrame([pl.Series(ORIGINAL, originals, dtype=pl.String), rows])
-    return frame.with_columns(rows), partial(pl.DataFrame, raw), _broken(chunk), len(lines)
+def _text_of(lines: list[bytes], kept: list[int], rows: pl.Series) -> pl.DataFrame:
+    return pl.DataFrame([pl.Series(ORIGINAL, [lines[at].decode().strip() for at in kept], dtype=pl.String), rows])
 
 
-def _broken(chunk: RawChunk) -> pl.DataFrame:
-    rows = [(row.row, row.reason, row.original) for row in chunk.broken]
+def _broken(lines: list[BrokenRow]) -> pl.DataFrame:
+    rows = [(row.row, row.reason, row.original) for row in lines]
     return pl.DataFrame(rows, schema=REJECT_SCHEMA, orient="row")
 
 
@@ -243,7 +235,7 @@ def _slow_csv(path: Path, names: list[str], done: int, chunk_rows: int) -> Itera
     for chunk in read_csv(path, chunk_rows):
         rows = pl.Series(ROW, chunk.rows, dtype=pl.Int64)
         raw = pl.DataFrame([pl.Series(n, v, dtype=pl.String) for n, v in chunk.columns.items()])
-        rejects, keep = _broken(chunk).filter(pl.col("row") > done), rows > done
+        rejects, keep = _broken(chunk.broken).filter(pl.col("row") > done), rows > done
         last = max([done, *chunk.rows[-1:], *(line.row for line in chunk.broken[-1:])])
         if keep.any() or rejects.height:
             raw, rows = raw.filter(keep), rows.filter(keep)

@@ -12,6 +12,8 @@ from typing import Any
 
 import polars as pl
 
+from training.importers.jsontext import written
+
 
 def messages_of(messages: pl.Series, system: pl.Series, tools: pl.Series) -> pl.DataFrame:
     """`messages` and `tools` (OpenAI-shaped JSON text) and `prompt` of what spans say of their input; else null.
@@ -24,7 +26,7 @@ def messages_of(messages: pl.Series, system: pl.Series, tools: pl.Series) -> pl.
 
 def _tools(text: str | None) -> str | None:
     said = _plain(text)
-    return json.dumps(said, ensure_ascii=False) if isinstance(said, list) and said else None
+    return written(said) if isinstance(said, list) and said else None
 
 
 def _reshaped(text: str | None, instructions: str | None) -> tuple[str | None, str | None]:
@@ -34,12 +36,12 @@ def _reshaped(text: str | None, instructions: str | None) -> tuple[str | None, s
     if isinstance(said, dict) and isinstance(said.get("messages"), list):
         said = said["messages"]
     if not isinstance(said, list) or not said or not all(isinstance(one, dict) for one in said):
-        return None, said if isinstance(said, str) else text
+        return None, written(said) if isinstance(said, str) else text
     made = [_message(one) for one in said]
     if (first := _plain(instructions)) is not None:
         parts = first if isinstance(first, list) else [{"type": "text", "content": first}]
         made.insert(0, _message({"role": "system", "parts": parts}))
-    return json.dumps(made, ensure_ascii=False), None
+    return written(made), None
 
 
 def _plain(text: str | None) -> Any:

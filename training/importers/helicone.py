@@ -22,8 +22,9 @@ from router_ml.log_schema import LOG_SCHEMA, convert
 from router_ml.types import CACHED
 from training.importers.batch import ROW, SIGNALS, Batch, ReadOptions
 from training.importers.exports import read_export
-from training.importers.maps import OURS, above_0, decision_of, request_body, scores_of
-from training.importers.values import keys_of, number, said, status
+from training.importers.jsontext import keys_of
+from training.importers.maps import OURS, decision_of, request_body, scores_of
+from training.importers.values import above_0, as_found, said, status
 
 COLUMNS = (
     "request_id", "request_created_at", "response_id", "response_created_at", "response_status", "status", "model",
@@ -74,16 +75,15 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     properties = frame.select(p=pl.coalesce(said("properties", "{}"), said("request_properties", "{}")))["p"]
     inside = keys_of(properties, keys).rename(lambda key: f"_p_{key}")
     body = request_body(frame["request_body"]).rename(lambda name: f"_{name}")
-    frame = frame.hstack(inside).hstack(body)
+    answer = keys_of(frame["response_body"], ("id",)).rename({"id": "_answer"})
+    frame = frame.hstack(inside).hstack(body).hstack(answer)
     given = {name: said(f"_p_{key}") if key else pl.lit(None, pl.String) for name, key in names.items()}
     model = pl.coalesce(map(said, (settings.get("model") or MODEL_COLUMNS[0], *MODEL_COLUMNS)))
     called = said("cache_reference_id", _NO_CACHE).is_null()
     return frame.select(
         ROW,
         request_id=said("request_id"),
-        response_id=pl.when(called).then(
-            pl.coalesce(pl.col("response_body").cast(pl.String).str.json_path_match("$.id"), said("response_id"))
-        ),
+        response_id=pl.when(called).then(pl.coalesce(said("_answer"), said("response_id"))),
         time=pl.col("request_created_at"),
         session=given["session"],
         tenant=given["tenant"].fill_null(pl.coalesce(said("request_user_id"), said("user_id"))),
@@ -93,11 +93,11 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         prompt="_prompt",
         model=model,
         provider=pl.when(called).then(said("provider")),
-        **decision_of(said(f"_p_{OURS}"), model),
-        input_tokens=above_0(number("prompt_tokens")),
-        output_tokens=above_0(number("completion_tokens")),
-        cost_usd=pl.when(called).then(above_0(number("costUSD"))).otherwise(0.0),
-        latency_ms=pl.when(called).then(pl.coalesce(number("delay_ms"), number("latency"))),
+        **decision_of(frame[f"_p_{OURS}"], frame.select(model).to_series()).to_dict(),
+        input_tokens=above_0("prompt_tokens"),
+        output_tokens=above_0("completion_tokens"),
+        cost_usd=pl.when(called).then(above_0("costUSD")).otherwise(pl.lit("0")),
+        latency_ms=pl.when(called).then(pl.coalesce(as_found("delay_ms"), as_found("latency"))),
         # Below 0 are Helicone's own numbers; without an answer yet nothing is known.
         status=pl.when(~called)
         .then(pl.lit(CACHED))

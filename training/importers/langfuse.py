@@ -14,7 +14,6 @@ features/blob-storage-export-fields). What matters here:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,8 +23,9 @@ from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
 from training.importers.batch import ROW, Batch, ReadOptions
 from training.importers.exports import read_export
-from training.importers.maps import OURS, above_0, decision_of, request_body, summed
-from training.importers.values import LATENCY_UNITS, keys_of, number, said, status
+from training.importers.jsontext import keys_of
+from training.importers.maps import OURS, decision_of, request_body, summed, tagged
+from training.importers.values import LATENCY_UNITS, above_0, measured, number, said, status
 
 OBSERVATION = (
     "id", "trace_id", "type", "start_time", "end_time", "name", "metadata", "level", "status_message", "input",
@@ -101,9 +101,17 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any], unit: str) -> pl.Dat
     times = convert(frame, {"start_time": LOG_SCHEMA["time"], "end_time": LOG_SCHEMA["time"]})[0]
     took = (times["end_time"] - times["start_time"]).dt.total_microseconds() / 1000
     body = request_body(frame["input"]).rename(lambda name: f"_{name}")
-    frame = frame.hstack(inside).hstack(body).with_columns(_took=took)
+    frame = (
+        frame.hstack(inside)
+        .hstack(body)
+        .with_columns(
+            _took=took.cast(pl.String),
+            _task=tagged(frame["tags"], settings.get("task_tag") or "task:"),
+            **{f"_{key}": summed(frame["usage_details"], key) for key in ("input", "output")},
+            **{f"_cost_{key}": summed(frame["cost_details"], key) for key in ("total", "")},
+        )
+    )
     given = {name: said(f"_m_{key}") if key else pl.lit(None, pl.String) for name, key in metadata.items()}
-    tag = rf'"{re.escape(settings.get("task_tag") or "task:")}([^"]*)"'
     column = settings.get("task_column")
     model = given["model"].fill_null(said("provided_model_name"))
     failed = status("status_message").replace("ok", "error").fill_null("error")
@@ -114,18 +122,16 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any], unit: str) -> pl.Dat
         time=pl.col("start_time"),
         session=said("session_id"),
         tenant=given["tenant"].fill_null(said("user_id")),
-        task=said(column) if column else said(pl.col("tags").cast(pl.String).str.extract(tag)),
+        task=said(column) if column else said("_task"),
         messages="_messages",
         tools="_tools",
         prompt="_prompt",
         model=model,
-        **decision_of(said(f"_m_{OURS}"), model),
-        input_tokens=above_0(summed("usage_details", "input")),
-        output_tokens=above_0(summed("usage_details", "output")),
-        cost_usd=pl.coalesce(
-            above_0(cost) for cost in (number("total_cost"), *(summed("cost_details", key) for key in ("total", "")))
-        ),
-        latency_ms=pl.coalesce("_took", number("latency") / LATENCY_UNITS[unit]),
+        **decision_of(frame[f"_m_{OURS}"], frame.select(model).to_series()).to_dict(),
+        input_tokens="_input",
+        output_tokens="_output",
+        cost_usd=pl.coalesce(above_0("total_cost"), "_cost_total", "_cost_"),
+        latency_ms=pl.coalesce("_took", measured(number("latency") / LATENCY_UNITS[unit], "latency")),
         status=pl.when(said("level").str.to_uppercase() == "ERROR")
         .then(failed)
         .when(pl.col("_took").is_not_null() | number("latency").is_not_null())

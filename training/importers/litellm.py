@@ -17,7 +17,6 @@ What its columns mean was read in litellm 1.110.2 (`litellm/proxy/schema.prisma`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,8 +26,11 @@ from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, convert
 from router_ml.types import CACHED
 from training.importers.batch import ROW, Batch, ReadOptions
+from training.importers.conversations import spoken
 from training.importers.files import Chunk, read_columns
-from training.importers.values import json_said, keys_of, number, said
+from training.importers.jsontext import keys_of
+from training.importers.maps import BODY, OURS, tagged
+from training.importers.values import above_0, as_found, json_said, number, said
 
 TABLE = "LiteLLM_SpendLogs"
 COLUMNS = (
@@ -43,13 +45,13 @@ CALLS = (
     "anthropic_messages", "generate_content", "agenerate_content", "generate_content_stream",
     "agenerate_content_stream",
 )  # fmt: skip
-OURS = "router_ml"  # what the plugin says of its decision, in `spend_logs_metadata`
 # What is wanted of JSON columns: `metadata` alone is some 11 kB a row, most of it the model's entry in the price list.
 _METADATA = (
     "attempted_fallbacks", "attempted_retries", "original_model_group", "error_information", "internal_call_origin",
     "is_silent_experiment", "billed_retry_attempt", "spend_logs_metadata",
 )  # fmt: skip
-_BODY = ("messages", "tools", "prompt", "input")
+_ERROR = ("llm_provider", "error_code", "error_class")
+_DECISION = ("propensity", "candidates", "policy_version")  # what the plugin says, in `spend_logs_metadata`
 MODEL_COLUMNS = ("model_group", "model")
 TENANT_COLUMNS = ("team_id", "organization_id", "end_user", "api_key")
 
@@ -66,14 +68,14 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
     for name, choices in (("model", MODEL_COLUMNS), ("tenant", TENANT_COLUMNS)):
         if settings.get(name) not in (None, *choices):
             raise InputError(f"{name} cannot be {settings[name]!r}: choose one of {', '.join(choices)}")
-    keys = {"metadata": _METADATA, "proxy_server_request": _BODY}
+    keys = {"metadata": _METADATA, "proxy_server_request": BODY}
     if is_postgres(source):
         from training.importers.postgres import read_table  # psycopg is no part of [train]
 
         order = ("startTime", "request_id")
         chunks: Iterator[Chunk] = read_table(source, TABLE, COLUMNS, order=order, options=options, keys=keys)
     else:
-        chunks = read_columns(source, COLUMNS, cursor=options.cursor, chunk_rows=options.chunk_rows, keys=keys)
+        chunks = read_columns(source, COLUMNS, cursor=options.cursor, chunk_rows=options.chunk_rows)
     for chunk in chunks:
         frame, skipped = _requests(chunk.frame)
         yield Batch(
@@ -94,11 +96,11 @@ def is_postgres(source: str) -> bool:
 def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """The rows that are requests of callers, with `metadata`'s fields as columns; how many others there are, by why."""
     frame = frame.hstack(keys_of(frame["metadata"], _METADATA))
+    frame = frame.hstack(keys_of(frame["error_information"], _ERROR))
     failed = pl.col("status").cast(pl.String) == "failure"
     # A wrong key, a spent budget, a model that it does not have: LiteLLM then has no deployment, or guesses one, but
     # knows of no attempt and of no provider that failed.
-    provider = json_said("error_information").str.json_path_match("$.llm_provider")
-    untried = said(provider).is_null() & pl.col("attempted_retries").is_null()
+    untried = said("llm_provider").is_null() & pl.col("attempted_retries").is_null()
     refused = failed & (said("model_id").is_null() | untried)
     call = said("call_type")
     why = (
@@ -120,21 +122,19 @@ def _requests(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
 def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     times, _ = convert(frame, {"startTime": LOG_SCHEMA["time"], "endTime": LOG_SCHEMA["time"]})
     took = (times["endTime"] - times["startTime"]).dt.total_microseconds() / 1000
-    body = keys_of(frame["proxy_server_request"], _BODY).rename(lambda name: f"_{name}")
-    frame = frame.hstack(body).with_columns(_took=took, _cached=said("cache_hit").str.to_lowercase() == "true")
-    called = ~pl.col("_cached").fill_null(False)
-    error = json_said("error_information")
-    decision = json_said("spend_logs_metadata").str.json_path_match(f"$.{OURS}")
+    ours = keys_of(keys_of(frame["spend_logs_metadata"], (OURS,))[OURS], _DECISION)
     if settings.get("model") == "model":  # a decision is one between the names that callers use
-        decision = pl.lit(None, pl.String)
+        ours = ours.clear(len(ours))
+    task = tagged(frame["request_tags"], settings.get("task_tag") or "task:")
+    frame = frame.hstack(_asked(frame)).hstack(ours).with_columns(
+        _took=took, _task=task, _cached=said("cache_hit").str.to_lowercase() == "true"
+    )  # fmt: skip
+    called = ~pl.col("_cached").fill_null(False)
     served = said(settings.get("model") or "model_group").fill_null(said("model"))
     asked = pl.when(number("attempted_fallbacks") > 0).then(said("original_model_group"))
     tenant = said(settings["tenant"]) if settings.get("tenant") else pl.coalesce(
         said("team_id"), said("organization_id"), said("end_user")
     )  # fmt: skip
-    given = said("_input")
-    is_list = given.str.starts_with("[")
-    tag = rf'"{re.escape(settings.get("task_tag") or "task:")}([^"]*)"'
     return frame.select(
         ROW,
         request_id=said("request_id"),
@@ -144,36 +144,40 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         session=said("session_id"),
         tenant=tenant,
         key=said("api_key"),
-        task=said(pl.col("request_tags").cast(pl.String).str.extract(tag)),
-        messages=pl.coalesce(
-            json_said("messages"),
-            json_said("_messages"),
-            json_said(pl.when(is_list).then(given)),
-        ),
-        tools=json_said("_tools"),
-        prompt=pl.coalesce(said("_prompt"), said(pl.when(~is_list).then(given))),
+        task=said("_task"),
+        messages="_messages",
+        tools="_tools",
+        prompt="_prompt",
         model=served,
         provider=pl.when(called).then(said("custom_llm_provider")),
-        candidates=decision.str.json_path_match("$.candidates"),
-        propensity=number(decision.str.json_path_match("$.propensity")),
-        policy_version=decision.str.json_path_match("$.policy_version"),
-        input_tokens=_above_0("prompt_tokens"),
-        output_tokens=_above_0("completion_tokens"),
-        cost_usd=pl.when(called).then(_above_0("spend")).otherwise(0.0),
-        latency_ms=pl.when(called).then(pl.coalesce(number("request_duration_ms"), pl.col("_took"))),
-        status=pl.when(called).then(_status(error)).otherwise(pl.lit(CACHED)),
+        candidates="candidates",
+        propensity="propensity",
+        policy_version="policy_version",
+        input_tokens=above_0("prompt_tokens"),
+        output_tokens=above_0("completion_tokens"),
+        cost_usd=pl.when(called).then(above_0("spend")).otherwise(pl.lit("0")),
+        latency_ms=pl.when(called).then(pl.coalesce(as_found("request_duration_ms"), pl.col("_took").cast(pl.String))),
+        status=pl.when(called).then(_status()).otherwise(pl.lit(CACHED)),
         retries=pl.when(called).then(pl.col("attempted_retries")),
         fallback_from=pl.when(asked != served).then(asked),
     )
 
 
-def _above_0(column: str) -> pl.Expr:
-    """The column as found, for `validate`; null where it is 0."""
-    return pl.when(number(column).ne_missing(0)).then(pl.col(column))
+def _asked(frame: pl.DataFrame) -> pl.DataFrame:
+    """`_messages`, `_tools` and `_prompt`."""
+    body = keys_of(frame["proxy_server_request"], BODY).rename(lambda name: f"_{name}")
+    given = said("_input")
+    is_list = given.str.starts_with("[")
+    asked = body.with_columns(frame["messages"].cast(pl.String).alias("_own")).select(
+        messages=pl.coalesce(json_said("_own"), json_said("_messages"), json_said(pl.when(is_list).then(given))),
+        tools=json_said("_tools"),
+        prompt=pl.coalesce(said("_prompt"), said(pl.when(~is_list).then(given))),
+    )
+    return spoken(asked).rename(lambda name: f"_{name}")
 
 
-def _status(error: pl.Expr) -> pl.Expr:
-    code, name = error.str.json_path_match("$.error_code"), error.str.json_path_match("$.error_class")
+def _status() -> pl.Expr:
+    code, name = pl.col("error_code"), pl.col("error_class")
     state = said("status").str.to_lowercase()
     return (
         pl.when(state.is_null())

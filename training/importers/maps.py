@@ -2,95 +2,141 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import polars as pl
 
 from training.importers.batch import SIGNALS
-from training.importers.values import json_said, keys_of, number, said
+from training.importers.conversations import spoken
+from training.importers.jsontext import keys_of, written
+from training.importers.values import json_said, said
 
 BODY = ("messages", "tools", "prompt", "input")
-_NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 OURS = "router_ml"
 """The key of a call's metadata under which a caller keeps what the router said: propensity, candidates, version."""
+_DECISION = ("propensity", "candidates", "policy_version")
 
 
-def summed(column: str | pl.Expr, word: str) -> pl.Expr:
-    """The sum of a flat JSON map's numbers whose key contains `word`, whatever its case; null where there is none."""
-    text = pl.col(column) if isinstance(column, str) else column
-    found = text.cast(pl.String).str.extract_all(rf'(?i)"[^"]*{word}[^"]*"\s*:\s*"?{_NUMBER}')
-    numbers = found.list.eval(pl.element().str.extract(rf"({_NUMBER})$").cast(pl.Float64, strict=False))
-    return pl.when(numbers.list.len() > 0).then(numbers.list.sum())
+def summed(column: pl.Series, word: str) -> pl.Series:
+    """The sum of a flat JSON map's numbers whose key contains `word`, whatever its case, as text; else null.
+
+    Null, too, where it is 0: what writers that know of no price or usage put there. Where one of the numbers cannot be
+    read, the map's own text, for `validate` to reject.
+    """
+    made = [None if text is None else _sum(text, word) for text in column.cast(pl.String).to_list()]
+    return pl.Series(made, dtype=pl.String)
 
 
-def above_0(value: pl.Expr) -> pl.Expr:
-    """The value, null where it is 0: what writers that know of no price or usage put there."""
-    return pl.when(value != 0).then(value)
+def _sum(text: str, word: str) -> str | None:
+    if not text.strip():
+        return None
+    values = _loaded(text)
+    if not isinstance(values, dict):
+        # ClickHouse's own text of a map has other quotes.
+        values = _loaded(text.replace("'", '"'))
+    if not isinstance(values, dict):
+        return None if values is None else text
+    total: float = 0
+    try:
+        for key, value in values.items():
+            if word in key.lower() and value not in (None, ""):
+                total += value if isinstance(value, int | float) and not isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return text
+    return str(total) if total else None
+
+
+def _loaded(text: str) -> Any:
+    """JSON as Python has it; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def tagged(column: pl.Series, start: str) -> pl.Series:
+    """The rest of the first tag that begins with `start`, out of JSON lists of tags; null where there is none."""
+    return pl.Series([None if text is None else _tag(text, start) for text in column.cast(pl.String)], dtype=pl.String)
+
+
+def _tag(text: str, start: str) -> str | None:
+    if start not in text and "\\" not in text:
+        return None
+    tags = _loaded(text)
+    for tag in tags if isinstance(tags, list) else ():
+        if isinstance(tag, str) and tag.startswith(start):
+            return written(tag[len(start) :]) or None
+    return None
 
 
 def request_body(body: pl.Series) -> pl.DataFrame:
     """`messages`, `tools` and `prompt` out of the bodies of requests: JSON objects, lists of messages, or plain text.
 
-    A JSON string is taken out of its quotes, and an object without messages or prompt is a prompt as it stands.
+    A JSON string is taken out of its quotes, and an object without messages or prompt is a prompt as it stands, as are
+    messages that cannot be read (`conversations.spoken`).
     """
-    text = body if isinstance(body.dtype, pl.Struct) else body.cast(pl.String).str.strip_chars()
-    keys = keys_of(text, BODY) if isinstance(text.dtype, pl.Struct) else _keys_of_objects(text)
-    frame = keys.rename(lambda name: f"_{name}").with_columns(
-        pl.lit(None, pl.String).alias("_all") if isinstance(text.dtype, pl.Struct) else text.alias("_all")
-    )
+    text = body.cast(pl.String)
+    frame = text.to_frame("_all").with_columns(_head=pl.col("_all").str.strip_chars_start().str.slice(0, 1))
+    keys = keys_of(frame.select(pl.when(pl.col("_head") == "{").then("_all")).to_series(), BODY)
+    quoted = pl.when(pl.col("_head") == '"').then(pl.lit('{"v":') + pl.col("_all") + pl.lit("}"))
+    bare = keys_of(frame.select(quoted).to_series(), ("v",))["v"].alias("_bare")
+    frame = frame.hstack(keys.rename(lambda name: f"_{name}")).hstack([bare])
     whole, given = said("_all"), said("_input")
-    is_list = r"^\[\s*\{"
-    quoted = whole.str.contains(r'^"[\s\S]*"$')
-    # JSON text of a string, out of its quotes by way of an object.
-    bare = (pl.lit('{"v":') + pl.when(quoted).then(whole) + pl.lit("}")).str.json_path_match("$.v")
+    is_list = r"^\s*\[\s*\{"
     known = pl.any_horizontal(json_said(f"_{name}").is_not_null() for name in ("messages", "prompt", "input"))
-    return frame.select(
-        messages=pl.coalesce(
-            json_said("_messages"),
-            pl.when(given.str.contains(is_list)).then(given),
-            pl.when(whole.str.contains(is_list)).then(whole),
-        ),
-        tools=json_said("_tools"),
-        prompt=pl.coalesce(
-            said("_prompt"),
-            pl.when(~given.str.contains(is_list)).then(given),
-            pl.when(~known & ~whole.str.contains(is_list)).then(pl.coalesce(bare, json_said(whole))),
-        ),
+    return spoken(
+        frame.select(
+            messages=pl.coalesce(
+                json_said("_messages"),
+                pl.when(given.str.contains(is_list)).then(given),
+                pl.when(whole.str.contains(is_list)).then(whole),
+            ),
+            tools=json_said("_tools"),
+            prompt=pl.coalesce(
+                said("_prompt"),
+                pl.when(~given.str.contains(is_list)).then(given),
+                pl.when(~known & ~whole.str.contains(is_list)).then(pl.coalesce("_bare", json_said(whole))),
+            ),
+        )
     )
 
 
-def _keys_of_objects(text: pl.Series) -> pl.DataFrame:
-    objects = text.to_frame("o").select(pl.when(pl.col("o").str.starts_with("{")).then("o"))
-    return keys_of(objects.to_series(), BODY)
+def decision_of(text: pl.Series, model: pl.Series) -> pl.DataFrame:
+    """`propensity`, `candidates` and `policy_version` of decisions that stand as JSON text in calls' metadata.
 
-
-def decision_of(text: pl.Expr, model: pl.Expr) -> dict[str, pl.Expr]:
-    """`propensity`, `candidates` and `policy_version` of a decision that stands as JSON text in a call's metadata.
-
-    Nulls where its candidates, which are the router's names, do not hold the model: it was between others.
+    Nulls where its candidates, which are the router's names, do not hold the row's model: it was between others.
     """
-    candidates = text.str.json_path_match("$.candidates")
-    other = candidates.is_not_null() & ~candidates.str.contains(
-        pl.concat_str(pl.lit('"'), model, pl.lit('"')), literal=True
-    )
-    mine = pl.when(~other.fill_null(True)).then(text)
-    return {
-        "propensity": number(mine.str.json_path_match("$.propensity")),
-        "candidates": mine.str.json_path_match("$.candidates"),
-        "policy_version": mine.str.json_path_match("$.policy_version"),
-    }
+    found = keys_of(text, _DECISION)
+    mine = [
+        names is not None and isinstance(listed := _loaded(names), list) and of in listed
+        for names, of in zip(found["candidates"], model, strict=True)
+    ]
+    return found.select(pl.when(pl.lit(pl.Series(mine, dtype=pl.Boolean))).then(name).alias(name) for name in _DECISION)
 
 
-def scores_of(scores: pl.Series, request_id: pl.Series, time: pl.Series | None = None) -> pl.DataFrame:
-    """A signal for each entry of flat JSON maps of scores, named by its key: numbers, booleans, or {"value": …}."""
-    pair = r'"((?:[^"\\]|\\.)*)"\s*:\s*(?:\{\s*"value"\s*:\s*)?(' + _NUMBER + "|true|false)"
-    frame = pl.DataFrame({"request_id": request_id, "text": scores.cast(pl.String)})
-    frame = frame.with_columns(pl.lit(None, SIGNALS["time"]).alias("time") if time is None else time.alias("time"))
-    found = frame.with_columns(pl.col("text").str.extract_all(pair).alias("pair")).explode("pair").drop_nulls("pair")
-    value = pl.col("pair").str.extract(pair, 2).replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
-    source = pl.col("pair").str.extract(pair, 1)
-    return found.select(
-        pl.concat_str("request_id", source, separator=":").alias("signal"),
-        "time",
-        "request_id",
-        source.alias("source"),
-        value.alias("value"),
-    )
+def scores_of(scores: pl.Series, request_id: pl.Series) -> pl.DataFrame:
+    """A signal for each entry of flat JSON maps of scores, named by its key: numbers, booleans, or {"value": …}.
+
+    What is none of these is the signal's `label`.
+    """
+    rows = [
+        (None if of is None else f"{of}:{name}", of, name, value, label)
+        for text, of in zip(scores.cast(pl.String), request_id, strict=True)
+        if text is not None
+        for name, value, label in _scores(text)
+    ]
+    names = ("signal", "request_id", "source", "value", "label")
+    return pl.DataFrame(rows, schema={name: SIGNALS[name] for name in names}, orient="row")
+
+
+def _scores(text: str) -> Iterator[tuple[str | None, float | None, str | None]]:
+    said_of = _loaded(text)
+    for name, value in said_of.items() if isinstance(said_of, dict) else ():
+        if isinstance(value, dict):
+            value = value.get("value")
+        if isinstance(value, int | float):
+            yield written(name), float(value), None
+        elif value is not None:
+            yield written(name), None, written(value)

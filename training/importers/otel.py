@@ -11,44 +11,23 @@ GenAI semantic conventions (open-telemetry/semantic-conventions-genai) and the o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
 
+from router_ml.rawfiles import ORIGINAL
 from training.importers.batch import ROW, SIGNALS, Batch, ReadOptions
+from training.importers.conversations import spoken
 from training.importers.exports import read_export
 from training.importers.genai import messages_of
-from training.importers.maps import above_0
-from training.importers.values import keys_of, moment, number, said, status
+from training.importers.otlp import Event, records_of, spans_of
+from training.importers.values import above_0, measured, moment, number, said, status
 
 EVALUATION = "gen_ai.evaluation.result"
 CALLS = ("chat", "text_completion", "generate_content", "completion")
-_VALUE = pl.Struct({
-    **dict.fromkeys(("stringValue", "intValue", "doubleValue", "boolValue"), pl.String()),
-    **dict.fromkeys(("arrayValue", "kvlistValue"), pl.String()),
-})  # fmt: skip
-_ATTRIBUTES = pl.List(pl.Struct({"key": pl.String(), "value": _VALUE}))
-_EVENT = {"name": pl.String(), "timeUnixNano": pl.String(), "attributes": _ATTRIBUTES}
-_SPAN = pl.Struct({
-    **dict.fromkeys(("traceId", "spanId", "startTimeUnixNano", "endTimeUnixNano"), pl.String()),
-    "attributes": _ATTRIBUTES,
-    "events": pl.List(pl.Struct(_EVENT)),
-    "status": pl.Struct({"code": pl.String(), "message": pl.String()}),
-})  # fmt: skip
-_RECORD = pl.Struct({
-    **dict.fromkeys(("timeUnixNano", "observedTimeUnixNano", "traceId", "spanId", "eventName"), pl.String()),
-    "attributes": _ATTRIBUTES,
-})  # fmt: skip
-_RESOURCE = pl.Struct({"attributes": _ATTRIBUTES})
-_LINE = {
-    "resourceSpans": pl.List(pl.Struct(
-        {"resource": _RESOURCE, "scopeSpans": pl.List(pl.Struct({"spans": pl.List(_SPAN)}))}
-    )),
-    "resourceLogs": pl.List(pl.Struct(
-        {"resource": _RESOURCE, "scopeLogs": pl.List(pl.Struct({"logRecords": pl.List(_RECORD)}))}
-    )),
-}  # fmt: skip
+_LINE = ("resourceSpans", "resourceLogs")
 # A column of the row, and the attributes that it is read from: the first that is there.
 _NAMES: dict[str, tuple[str, ...]] = {
     "operation": ("gen_ai.operation.name", "llm.request.type"),
@@ -67,8 +46,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "propensity": ("router_ml.propensity",),
     "policy_version": ("router_ml.policy_version",),
 }
-_SCORE = ("gen_ai.evaluation.name", "gen_ai.evaluation.score.value", "gen_ai.evaluation.score.label",
-          "gen_ai.response.id", "event.name")  # fmt: skip
 
 
 def read(source: str, options: ReadOptions) -> Iterator[Batch]:
@@ -79,114 +56,77 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
     ("enduser.id", none). Raises InputError as `read_export` does.
     """
     done = (options.cursor or {}).get("calls", 0)
-    for chunk, cursor in read_export(source, list(_LINE), options):
-        lines = pl.concat([chunk.frame.select(ROW), _nested(chunk.frame)], how="horizontal")
-        nothing = lines.filter(pl.all_horizontal(pl.col(name).is_null() for name in _LINE)).height
-        rows, raw, of_spans, skipped = _spans(lines, options.settings, done)
+    for chunk, cursor in read_export(source, _LINE, options):
+        # Each line is let go before the next: nested values are many times as large in Python as in a file.
+        rows, of_spans, skipped = _spans(chunk.frame["resourceSpans"], options.settings, done)
+        records, unread = _records(chunk.frame["resourceLogs"])
+        skipped["a log record that is not as OTLP has it"] += unread
+        skipped["a line without spans or log records"] += chunk.frame.filter(
+            pl.all_horizontal(pl.col(name).is_null() for name in _LINE)
+        ).height
         done += rows.height
-        if nothing:
-            skipped["a line without spans or log records"] = nothing
         yield Batch(
-            rows=rows,
+            rows=rows.drop(ORIGINAL),
             cursor=cursor | {"calls": done},
-            raw=raw,
+            raw=rows.select(ROW, ORIGINAL),
             rejects=chunk.rejects,
-            signals=pl.concat([of_spans, _records(lines)]),
-            skipped=skipped,
+            signals=pl.concat([of_spans, records]),
+            skipped=+skipped,
         )
 
 
-def _nested(frame: pl.DataFrame) -> pl.DataFrame:
-    """The lines' messages with their types: `json_decode` does not read a number as text, the reader of lines does."""
-    text = frame.select(pl.concat_str(
-        pl.lit("{"), *(pl.lit(f'"{name}":') + said(name).fill_null("null") + pl.lit(end) for name, end in
-                       zip(_LINE, (",", "}"), strict=True))
-    ).str.replace_all("\n", " ", literal=True).alias("line"))["line"]  # fmt: skip
-    if text.is_empty():
-        return pl.DataFrame(schema=_LINE)
-    return pl.read_ndjson(text.str.join("\n").item().encode(), schema=_LINE)
-
-
-def _opened(lines: pl.DataFrame, outer: str, scopes: str, items: str) -> pl.DataFrame:
-    """A row per span or record, with the attributes of its resource."""
-    return (
-        lines.select(ROW, pl.col(outer)).explode(outer).unnest(outer)
-        .with_columns(pl.col("resource").struct.field("attributes").alias("_resource")).drop("resource")
-        .explode(scopes).unnest(scopes).explode(items).drop_nulls(items).unnest(items)
-        .with_row_index("_n")
-    )  # fmt: skip
-
-
-def _attributes(frame: pl.DataFrame, names: tuple[str, ...], column: str = "attributes") -> pl.DataFrame:
-    """A column of text for each of the attributes that are asked for, in the order of the frame's `_n`."""
-    value = pl.col(column).struct.field("value")
-    fields = ("stringValue", "intValue", "doubleValue", "boolValue", "arrayValue", "kvlistValue")
-    long = (
-        frame.select("_n", column).explode(column).drop_nulls(column)
-        .select("_n", key=pl.col(column).struct.field("key"),
-                value=pl.coalesce(value.struct.field(field) for field in fields))
-        .filter(pl.col("key").is_in(list(names)))
-    )  # fmt: skip
-    # A join for each name: as many aggregates that filter took far longer.
-    parts = {str(key): part.select("_n", "value") for (key,), part in long.partition_by("key", as_dict=True).items()}
-    found = frame.select("_n")
-    for name in names:
-        part = parts.get(name, long.select("_n", "value").clear()).unique("_n", keep="first", maintain_order=True)
-        found = found.join(part.rename({"value": name}), on="_n", how="left", maintain_order="left")
-    return found.drop("_n")
-
-
-def _spans(
-    lines: pl.DataFrame, settings: Mapping[str, Any], done: int
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, dict[str, int]]:
-    """(rows, the spans that they were, signals, how many other spans there are, by why)."""
-    spans = _opened(lines, "resourceSpans", "scopeSpans", "spans")
+def _spans(lines: pl.Series, settings: Mapping[str, Any], done: int) -> tuple[pl.DataFrame, pl.DataFrame, Counter[str]]:
+    """(rows, each with what its span was, signals, how many other spans there are, by why)."""
     about = {"tenant": settings.get("tenant_attribute") or "enduser.id", "task": settings.get("task_attribute")}
-    extra = tuple(name for name in about.values() if name)
-    every = tuple(dict.fromkeys(name for names in _NAMES.values() for name in names))
-    own = _attributes(spans, (*every, *extra))
-    resource = _attributes(spans, extra, "_resource").rename(lambda name: f"_r_{name}")
-    columns = {name: pl.coalesce(said(one) for one in names) for name, names in _NAMES.items()}
-    for name, attribute in about.items():
-        known = [said(attribute), said(f"_r_{attribute}")] if attribute else [pl.lit(None, pl.String)]
-        columns[name] = pl.coalesce(known)
-    named = pl.concat([own, resource], how="horizontal").select(**columns)
-    ids = pl.concat_str(said("traceId"), said("spanId"), separator=":")
-    spans = spans.with_columns(request_id=ids)
-    calls = named.select(is_call=pl.when(pl.col("operation").is_not_null())
-        .then(pl.col("operation").is_in(list(CALLS)))
-        .otherwise(pl.col("model").is_not_null() & pl.col("output_tokens").is_not_null()))["is_call"]  # fmt: skip
-    is_genai = named.select(pl.coalesce("operation", "provider", "model").is_not_null()).to_series()
-    why = pl.DataFrame({"why": named["operation"], "genai": is_genai}).filter(~calls).select(
-        pl.when("genai").then(pl.lit("no call of a model: ") + pl.col("why").fill_null("no operation named"))
-        .otherwise(pl.lit("no span of generative AI"))
-    ).to_series()  # fmt: skip
+    rows: list[tuple[str | None, ...]] = []
+    signals: list[tuple[str | None, ...]] = []
+    skipped: Counter[str] = Counter()
+    for span in (span for line in lines.drop_nulls() for span in spans_of(line)):
+        if span is None:
+            skipped["a span that is not as OTLP has it"] += 1
+            continue
+        named = {column: _first(span.attributes, names) for column, names in _NAMES.items()}
+        for column, name in about.items():
+            named[column] = (_first(span.attributes, (name,)) or _first(span.resource, (name,))) if name else None
+        operation = named["operation"]
+        if operation is None:
+            is_call = named["model"] is not None and named["output_tokens"] is not None
+        else:
+            is_call = operation in CALLS
+        request_id = f"{span.trace}:{span.span}" if span.trace and span.span else None
+        if is_call:
+            rows.append((request_id, span.trace, span.start, span.end, span.code, span.original, *named.values()))
+        elif operation is None and named["provider"] is None and named["model"] is None:
+            skipped["no span of generative AI"] += 1
+        else:
+            skipped[f"no call of a model: {operation or 'no operation named'}"] += 1
+        for event in span.events:
+            if event.name == EVALUATION:
+                signals.append(_signal(event, request_id if is_call else None, None if is_call else span.trace))
+    names = ("request_id", "trace_id", "start", "end", "code", ORIGINAL, *_NAMES, *about)
+    frame = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String()), orient="row")
     # A line has many spans: they are numbered by themselves.
-    raw = spans.filter(calls).with_columns(pl.int_range(done + 1, pl.len() + done + 1, dtype=pl.Int64).alias(ROW))
-    rows = _rows(raw, named.filter(calls), settings)
-    return (
-        rows,
-        raw.drop("_n", "request_id"),
-        _events(spans.with_columns(is_call=calls)),
-        dict(why.value_counts().iter_rows()),
-    )
+    frame = frame.with_columns(pl.int_range(done + 1, pl.len() + done + 1, dtype=pl.Int64).alias(ROW))
+    return _rows(frame, settings), _signals(signals), skipped
 
 
-def _rows(spans: pl.DataFrame, named: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
-    state = keys_of(spans["status"], ("code",)).rename({"code": "_code"})
-    spoken = messages_of(named["input"], named["system"], named["tools"])
-    ids = spans.select(ROW, "request_id", "traceId", "startTimeUnixNano", "endTimeUnixNano")
-    frame = pl.concat([ids, state, named.drop("tools"), spoken], how="horizontal")
-    took = number("endTimeUnixNano") - number("startTimeUnixNano")
-    nanos = (pl.col("endTimeUnixNano").cast(pl.Int64, strict=False)
-             - pl.col("startTimeUnixNano").cast(pl.Int64, strict=False))  # fmt: skip
-    failed = said("error").is_not_null() | said("_code").is_in(["2", "STATUS_CODE_ERROR"])
+def _first(attributes: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """The first of the attributes that says something."""
+    return next((text for name in names if (text := attributes.get(name)) and not text.isspace()), None)
+
+
+def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
+    asked = spoken(messages_of(frame["input"], frame["system"], frame["tools"]))
+    frame = frame.drop("tools").hstack(asked)
+    start, end = (pl.col(name).cast(pl.Int64, strict=False) for name in ("start", "end"))
+    failed = said("error").is_not_null() | said("code").is_in(["2", "STATUS_CODE_ERROR"])
     return frame.select(
         ROW,
+        ORIGINAL,
         "request_id",
         "response_id",
-        trace_id=said("traceId"),
-        time=moment("startTimeUnixNano", "ns"),
+        trace_id="trace_id",
+        time=moment("start", "ns"),
         session="session",
         tenant="tenant",
         task="task",
@@ -195,46 +135,42 @@ def _rows(spans: pl.DataFrame, named: pl.DataFrame, settings: Mapping[str, Any])
         prompt="prompt",
         model="answered" if settings.get("model") == "response" else "model",
         provider="provider",
-        propensity=number("propensity"),
+        propensity="propensity",
         policy_version="policy_version",
-        input_tokens=above_0(number("input_tokens")),
-        output_tokens=above_0(number("output_tokens")),
-        cost_usd=above_0(number("cost")),
-        latency_ms=pl.when(took >= 0).then(nanos / 1e6),
+        input_tokens=above_0("input_tokens"),
+        output_tokens=above_0("output_tokens"),
+        cost_usd=above_0("cost"),
+        # A span that has not ended has none, or 0, for its end.
+        latency_ms=pl.when((end >= start).fill_null(True)).then(measured((end - start) / 1e6, "end")),
         status=pl.when(failed).then(status("error").replace("ok", "error").fill_null("error")).otherwise(pl.lit("ok")),
     )
 
 
-def _events(spans: pl.DataFrame) -> pl.DataFrame:
-    """The evaluations among spans' own events: of that span, where it is a call and no answer is named."""
-    found = (
-        spans.select("request_id", "traceId", "is_call", "events").explode("events").drop_nulls("events")
-        .unnest("events").filter(pl.col("name") == EVALUATION).with_row_index("_n")
-    )  # fmt: skip
-    of_span = pl.when("is_call").then("request_id")
-    return _signals(found, of_span, pl.when(~pl.col("is_call")).then("traceId"), "timeUnixNano")
+def _records(lines: pl.Series) -> tuple[pl.DataFrame, int]:
+    """(evaluations among log records, how many records could not be read)."""
+    signals, unread = [], 0
+    for record in (record for line in lines.drop_nulls() for record in records_of(line)):
+        if record is None:
+            unread += 1
+        elif record.name == EVALUATION:
+            has_span = bool(record.span)
+            of_span = f"{record.trace}:{record.span}" if has_span and record.trace else None
+            signals.append(_signal(record, of_span, None if has_span else record.trace))
+    return _signals(signals), unread
 
 
-def _records(lines: pl.DataFrame) -> pl.DataFrame:
-    records = _opened(lines, "resourceLogs", "scopeLogs", "logRecords")
-    named = pl.concat([records, _attributes(records, ("event.name",))], how="horizontal")
-    found = named.filter(pl.coalesce(said("eventName"), said("event.name")) == EVALUATION).drop("event.name")
-    has_span = said("spanId").is_not_null()
-    of_span = pl.when(has_span).then(pl.concat_str(said("traceId"), said("spanId"), separator=":"))
-    return _signals(found, of_span, pl.when(~has_span).then(said("traceId")), "timeUnixNano")
+def _signal(event: Event, of_span: str | None, of_trace: str | None) -> tuple[str | None, ...]:
+    names = ("gen_ai.evaluation.name", "gen_ai.evaluation.score.value", "gen_ai.evaluation.score.label")
+    answer = _first(event.attributes, ("gen_ai.response.id",))
+    whose = (None, None, answer) if answer else (of_span, of_trace, None)
+    return (event.time, *whose, *(_first(event.attributes, (name,)) for name in names))
 
 
-def _signals(found: pl.DataFrame, of_span: pl.Expr, of_trace: pl.Expr, time: str) -> pl.DataFrame:
-    frame = pl.concat([found, _attributes(found, _SCORE)], how="horizontal")
-    answer = said("gen_ai.response.id")
-    return frame.select(
-        signal=pl.lit(None, pl.String),
-        time=moment(time, "ns"),
-        request_id=pl.when(answer.is_null()).then(of_span),
-        trace_id=pl.when(answer.is_null()).then(of_trace),
-        response_id=answer,
-        source=said("gen_ai.evaluation.name"),
-        value=number("gen_ai.evaluation.score.value"),
-        label=said("gen_ai.evaluation.score.label"),
-        weight=pl.lit(None, pl.Float64),
-    ).select(pl.col(name).cast(dtype) for name, dtype in SIGNALS.items())
+def _signals(found: list[tuple[str | None, ...]]) -> pl.DataFrame:
+    names = ("time", "request_id", "trace_id", "response_id", "source", "value", "label")
+    frame = pl.DataFrame(found, schema=dict.fromkeys(names, pl.String()), orient="row")
+    # A value that is no number is a word.
+    made = frame.with_columns(
+        time=moment("time", "ns"), value=number("value"), label=pl.coalesce("label", "value"), signal=None, weight=None
+    )
+    return made.select(pl.col(name).cast(dtype) for name, dtype in SIGNALS.items())

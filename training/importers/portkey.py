@@ -13,6 +13,7 @@ The columns are those of Portkey's "Logs Export" page (Portkey-AI/docs, logs-exp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,8 +23,9 @@ from router_ml.log_schema import LOG_SCHEMA, convert
 from router_ml.types import CACHED
 from training.importers.batch import ROW, SIGNALS, Batch, ReadOptions
 from training.importers.exports import read_export
-from training.importers.maps import OURS, above_0, decision_of, request_body
-from training.importers.values import keys_of, number, said, status
+from training.importers.jsontext import keys_of, written
+from training.importers.maps import OURS, decision_of, request_body
+from training.importers.values import above_0, as_found, measured, number, said, status
 
 COLUMNS = (
     "id", "trace_id", "created_at", "request", "request.body", "response", "response.body", "is_success", "ai_org",
@@ -42,7 +44,7 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
     "_user", "task"). Raises InputError as `read_export` does.
     """
     keys = {"request": ("body", "url"), "response": ("body",)}
-    for chunk, cursor in read_export(source, COLUMNS, options, keys=keys):
+    for chunk, cursor in read_export(source, COLUMNS, options):
         frame = chunk.frame
         for name in ("request", "response"):
             body = keys_of(frame[name], keys[name]).rename(lambda key, name=name: f"_{name}_{key}")  # type: ignore[misc]
@@ -74,7 +76,8 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     inside = keys_of(frame["metadata"], list(dict.fromkeys([OURS, *names.values()]))).rename(lambda key: f"_m_{key}")
     body = frame.select(b=pl.coalesce(said("_request_body"), said("request.body")))["b"]
     frame = frame.hstack(inside).hstack(request_body(body).rename(lambda name: f"_{name}"))
-    answer = pl.coalesce(said("_response_body"), said("response.body"))
+    answer = frame.select(pl.coalesce(said("_response_body"), said("response.body"))).to_series()
+    frame = frame.hstack(keys_of(answer, ("id",)).rename({"id": "_answer"}))
     called = ~said("cache_status").str.to_uppercase().str.ends_with("HIT").fill_null(False)
     ok = said("is_success").str.to_lowercase().is_in(["1", "true", "1.0"])
     code = status("response_status_code")
@@ -83,7 +86,7 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
     return frame.select(
         ROW,
         request_id=_call_id(),
-        response_id=pl.when(called).then(answer.str.json_path_match("$.id")),
+        response_id=pl.when(called).then(said("_answer")),
         trace_id=said("trace_id"),
         time=pl.col("created_at"),
         **{name: said(f"_m_{key}") for name, key in names.items()},
@@ -93,17 +96,18 @@ def _rows(frame: pl.DataFrame, settings: Mapping[str, Any]) -> pl.DataFrame:
         prompt="_prompt",
         model=said("ai_model"),
         provider=pl.when(called).then(said("ai_org")),
-        **decision_of(said(f"_m_{OURS}"), said("ai_model")),
-        input_tokens=above_0(number("req_units")),
-        output_tokens=above_0(number("res_units")),
-        cost_usd=pl.when(~called).then(0.0).when(dollars).then(above_0(number("cost") / 100)),
-        latency_ms=pl.when(called).then(number("response_time")),
+        **decision_of(frame[f"_m_{OURS}"], frame.select(said("ai_model")).to_series()).to_dict(),
+        input_tokens=above_0("req_units"),
+        output_tokens=above_0("res_units"),
+        cost_usd=pl.when(~called).then(pl.lit("0"))
+        .when(dollars & number("cost").ne_missing(0)).then(measured(number("cost") / 100, "cost")),
+        latency_ms=pl.when(called).then(as_found("response_time")),
         status=pl.when(~called).then(pl.lit(CACHED)).otherwise(
             pl.when(ok).then(pl.lit("ok")).when(ok.is_null()).then(code).otherwise(
                 code.replace("ok", "error").fill_null("error")
             )
         ),
-        retries=pl.when(called & (retries >= 0)).then(retries),
+        retries=pl.when(called & (retries >= 0).fill_null(True)).then(as_found("retry_success_count")),
     )  # fmt: skip
 
 
@@ -117,12 +121,24 @@ def _votes(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _votes_inside(frame: pl.DataFrame) -> pl.DataFrame:
     """Feedback that stands in a call's row, an object or a list of them: it names that call."""
-    objects = pl.col("feedback").cast(pl.String).str.extract_all(r"\{(?:[^{}]|\{[^{}]*\})*\}")
-    found = frame.select(request_id=_call_id(), feedback=objects).explode("feedback").drop_nulls("feedback")
-    said_of = keys_of(found["feedback"], ("id", "value", "weight"))
+    calls = frame.select(request_id=_call_id(), feedback=pl.col("feedback").cast(pl.String)).drop_nulls("feedback")
+    votes = [(of, vote) for of, text in calls.iter_rows() for vote in _objects(text)]
+    found = pl.DataFrame(votes, schema={"request_id": pl.String, "vote": pl.String}, orient="row")
+    said_of = keys_of(found["vote"], ("id", "value", "weight"))
+    # A value that is no number is a word, which the import counts as one that cannot be read.
     return _as_signals(found.hstack(said_of).select(
-        signal=said("id"), request_id="request_id", value=number("value"), weight=number("weight")
-    ).drop_nulls("value"))  # fmt: skip
+        signal=said("id"), request_id="request_id", value=number("value"), label=said("value"), weight=number("weight")
+    ).filter(pl.any_horizontal(pl.col("value", "label").is_not_null())))  # fmt: skip
+
+
+def _objects(text: str) -> list[str]:
+    """The JSON objects of a list of them, or the one that there is, each as text."""
+    try:
+        return [
+            str(written(one)) for one in json.loads(f"[{text}]") for one in (one if isinstance(one, list) else [one])
+        ]
+    except (ValueError, RecursionError):
+        return []
 
 
 def _as_signals(found: pl.DataFrame) -> pl.DataFrame:

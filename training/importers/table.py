@@ -10,6 +10,7 @@ import polars as pl
 from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA, REQUIRED
 from training.importers.batch import JOINS, ROW, SIGNALS, Batch, ReadOptions
+from training.importers.conversations import read_messages
 from training.importers.files import Chunk, read_columns
 from training.importers.values import UNITS, json_said, moment, said, scaled, status
 
@@ -48,6 +49,7 @@ def read(source: str, options: ReadOptions) -> Iterator[Batch]:
             *(_column(name, column, units.get(name)).alias(name) for name, column in names.items()),
             *(pl.lit(value).alias(name) for name, value in constants.items()),
         )
+        rows = rows.with_columns(read_messages(rows["messages"].cast(pl.String)))
         yield Batch(
             rows=rows,
             cursor=chunk.cursor,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import polars as pl
 
 from router_ml.errors import InputError
@@ -21,6 +19,8 @@ UNITS: dict[str, dict[str, float]] = {
 _OK = ("ok", "success", "succeeded", "successful", "completed", "complete", "true", "stop", "unset")
 _TIMEOUT = ("timeout", "timed_out", "timed out", "deadline_exceeded", "408", "504", "524")
 _LIMITED = ("rate_limited", "rate_limit", "ratelimit", "too_many_requests", "resource_exhausted", "429")
+# What writers of CSV put where there is nothing.
+_NOTHING = ("null", "NULL", "None", "\\N")
 _CANCELLED = ("cancelled", "canceled", "aborted", "client_closed_request", "499")
 
 
@@ -42,27 +42,22 @@ def number(column: str | pl.Expr) -> pl.Expr:
     return value.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
 
 
-def keys_of(column: pl.Series, keys: Sequence[str]) -> pl.DataFrame:
-    """The values of some keys of JSON objects, as text, a column each; null where there is no such key or no object.
+def measured(value: pl.Expr, column: str) -> pl.Expr:
+    """A number that was made of a column's, as text; the column's own text where that is no number.
 
-    The column is text, or a struct that has these keys already (`files.read_columns`).
+    `validate` reads it and rejects what is none, so that no number is lost in silence.
     """
-    if isinstance(column.dtype, pl.Struct):
-        return column.struct.unnest().select(keys)
-    text = column.cast(pl.String)
-    # One pass over the JSON; several, each key by its own, where some of it is broken.
-    lines = text.fill_null("{}")
-    if (lines == "").any():
-        lines = lines.replace("", "{}")
-    if lines.str.contains("\n", literal=True).any():
-        lines = lines.str.replace_all("\n", " ", literal=True)
-    try:
-        found = pl.read_ndjson(lines.str.join("\n").item().encode(), schema=dict.fromkeys(keys, pl.String()))
-        if found.height == len(text):
-            return found
-    except pl.exceptions.PolarsError:
-        pass
-    return text.to_frame("o").select(pl.col("o").str.json_path_match(f'$["{key}"]').alias(key) for key in keys)
+    return pl.when(number(column).is_null()).then(said(column, *_NOTHING)).otherwise(value.cast(pl.String))
+
+
+def as_found(column: str) -> pl.Expr:
+    """A number as it was found, as text, for `validate` to read or reject; null where nothing is said."""
+    return said(column, *_NOTHING)
+
+
+def above_0(column: str) -> pl.Expr:
+    """The same, null where it is 0, too: what writers that know of no price or usage put there."""
+    return pl.when(number(column).ne_missing(0)).then(as_found(column))
 
 
 def moment(column: str, unit: str | None = None) -> pl.Expr:
@@ -83,13 +78,16 @@ def moment(column: str, unit: str | None = None) -> pl.Expr:
 
 
 def scaled(column: str, name: str, unit: str) -> pl.Expr:
-    """A number of `unit` in the log column's own (`cost_usd`, `latency_ms`). Raises InputError for another unit."""
+    """A number of `unit` in the log column's own (`cost_usd`, `latency_ms`), as `measured`.
+
+    Raises InputError for another unit.
+    """
     units = UNITS.get(name)
     if units is None or name == "time":
         raise InputError(f"{name!r} has no unit to choose: there are cost_usd, latency_ms and time")
     if unit not in units:
         raise InputError(f"unknown unit {unit!r} of {name}: choose one of {', '.join(units)}")
-    return number(column) / units[unit]
+    return measured(number(column) / units[unit], column)
 
 
 def status(column: str | pl.Expr) -> pl.Expr:
