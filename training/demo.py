@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +23,7 @@ from router_ml.errors import InputError, RouterError
 from router_ml.logs import read_log_info
 from training.encoders import ENCODERS, find_minilm
 from training.evaluate import Frontier, cost_at, frontier
+from training.local_service import local_service, send
 from training.matrix import read_matrix
 from training.outcomes import import_outcomes
 from training.report import plot_frontier, publish
@@ -137,7 +131,7 @@ def _route_some(made: Training, url: str, console: Console) -> None:
     spent, always = 0.0, 0.0
     for i in picked:
         request = held.requests[int(i)]
-        answer = _post(f"{url}/route", {"messages": [{"role": m.role, "content": m.text} for m in request.messages]})
+        answer = send(f"{url}/route", {"messages": [{"role": m.role, "content": m.text} for m in request.messages]})
         costs = {c["model"]: c["expected_cost_usd"] for c in answer["candidates"]}
         first = answer["candidates"][0]
         reference = costs.get(catalog.ids[best])
@@ -185,55 +179,15 @@ def _true_frontier(made: Training, out: Path) -> Frontier:
 
 @contextmanager
 def _service(out: Path, uri: str, console: Console) -> Iterator[str]:
-    """The real service in a process of its own, on a free port of the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (out / "service.log").open("wb")
-    command = [
-        sys.executable, "-m", "router_ml.cli", "serve", "--model", f"{NAME}@{registry.CHAMPION}", "--tracking-uri", uri,
-        "--cache", str(out / "serving-bundle"), "--store", str(out / "decisions.db"), "--port", str(port),
+    """The real service on what the registry's alias points to."""
+    options = [
+        "--model", f"{NAME}@{registry.CHAMPION}", "--tracking-uri", uri, "--cache", str(out / "serving-bundle"),
+        "--store", str(out / "decisions.db"),
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with console.status("starting the service"):
-            _wait_ready(url, process, out / "service.log")
+    with console.status("starting the service") as status, local_service(options, out / "service.log") as url:
+        status.stop()
         console.print(f"service at {url}, decisions in {out / 'decisions.db'}")
         yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        log.close()
-
-
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise RouterError(f"the service did not become ready; its last words, from {log}:\n{log.read_text()[-1000:]}")
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            decoded: dict[str, Any] = json.load(answer)
-            return decoded
-    except urllib.error.HTTPError as error:
-        raise RouterError(f"the service answered {error.code}: {error.read().decode()[:500]}") from None
 
 
 @contextmanager
