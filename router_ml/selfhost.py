@@ -7,7 +7,7 @@ within the target latency. The traffic is a series of hours that repeats itself;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,62 @@ class Hosting:
         axes.set_ylabel("replicas")
         axes.legend()
         return figure
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A deployment and others by volume: USD a month, float64 [k] each, for `mtok_per_month` [k] of the same traffic.
+
+    `others` are billed by the token; what overflows the deployment is not in `self_usd`, and `overflow` is its share.
+    `today` is the traffic's own volume.
+    """
+
+    mtok_per_month: Array
+    self_usd: Array
+    overflow: Array
+    others: Mapping[str, Array]
+    today: float
+
+    def to_frame(self) -> pl.DataFrame:
+        """A row a volume: mtok_per_month, self_hosted, overflow, and a column a model."""
+        import polars as pl
+
+        columns = {"mtok_per_month": self.mtok_per_month, "self_hosted": self.self_usd, "overflow": self.overflow}
+        return pl.DataFrame({**columns, **self.others})
+
+    def plot(self) -> Figure:
+        """Cost a month by volume: where a model's line crosses the deployment's, hosting begins to pay."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(self.mtok_per_month, self.self_usd, color="black", linewidth=2, label="self-hosted")
+        for model, usd in self.others.items():
+            axes.plot(self.mtok_per_month, usd, label=model)
+        axes.axvline(self.today, color="tab:gray", linestyle=":", label="this traffic")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("million tokens a month")
+        axes.set_ylabel("USD a month")
+        axes.legend(fontsize=8)
+        return figure
+
+
+def by_volume(hosting: Hosting, cards: Sequence[ModelCard], scales: Sequence[float] | None = None) -> Volumes:
+    """What hosting and the models of `cards` cost a month if the traffic were `scales` times what it is.
+
+    By default from a hundredth to the hundredfold; mix and shape of the traffic stay.
+    """
+    deployment, traffic = hosting.deployment, hosting.traffic
+    times = np.geomspace(0.01, 100.0, 81) if scales is None else np.asarray(scales, dtype=np.float64)
+    work = sum(deployment.load(traffic)) * times[:, None]
+    running, busy = _sized(deployment, traffic, work)
+    own = _gpu_usd(deployment, running, busy) * MONTH_HOURS / work.shape[1] + deployment.ops_usd_per_month
+    others = {
+        card.id: traffic.usd_per_month(card.input_usd_per_mtok, card.output_usd_per_mtok) * times for card in cards
+    }
+    overflow = 1.0 - busy.sum(axis=1) / work.sum(axis=1)
+    return Volumes(times * traffic.mtok_per_month, own, overflow, others, traffic.mtok_per_month)
 
 
 def host(deployment: Deployment, traffic: Traffic) -> Hosting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from router_ml.registry import ModelVersion
 from training.evaluate import Frontier
 from training.tracking import register_bundle
 from training.train import Training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def publish(made: Training, bundle: Path, *, tracking_uri: str, name: str, alias: str | None = None) -> ModelVersion:
@@ -100,6 +104,12 @@ def plot_frontier(front: Frontier, models: tuple[str, ...], to: Path) -> Path:
 
 
 def plot_calibration(made: Training, to: Path) -> Path:
+    """`calibration_figure` in a file."""
+    calibration_figure(made).savefig(to, dpi=120)
+    return to
+
+
+def calibration_figure(made: Training) -> Figure:
     """Promised against realised probability in ten equal-mass bins per model, on held-out rows (else out of fold)."""
     from matplotlib.figure import Figure
 
@@ -116,5 +126,4 @@ def plot_calibration(made: Training, to: Path) -> Path:
     axes.set_xlabel("promised probability of an acceptable answer")
     axes.set_ylabel("realised share")
     axes.legend(fontsize=6)
-    figure.savefig(to, dpi=120)
-    return to
+    return figure

@@ -258,7 +258,7 @@ def _off_policy(
         with threadpool_limits(limits=1, user_api="blas"):
             models = fit_models(logged, metric, 5, seed, None, {metric: known[metric]}, 1.0)
         outcome = np.nan_to_num(logged.metrics[metric])
-        # Paired with what was served, whose weight is 1 on every row: the champion's own probabilities need not be known.
+        # Paired with what was served, of weight 1 on every row: the champion's own probabilities need not be known.
         served = Parts(own, logged.action, np.ones(len(logged)), outcome, models.known, models.q)
         change = Parts(target - own, logged.action, ratio - 1.0, outcome, models.known, models.q)
         values = [row_values("dr", parts, np.inf) for parts in (served, change)]
@@ -287,7 +287,10 @@ def _target(logged: Logged, rows: pl.DataFrame) -> Array:
     others[at, logged.action] = others[at, prefers] = False
     left = np.maximum(1.0 - target.sum(axis=1, keepdims=True), 0.0)
     target += np.where(others, left / np.maximum(others.sum(axis=1, keepdims=True), 1), 0.0)
-    return target
+    total = target.sum(axis=1, keepdims=True)
+    return np.where(
+        np.abs(total - 1.0) < 1e-6, target / total, target
+    )  # what is only rounding is out of no log's reach
 
 
 def _known(catalog: Catalog, rows: pl.DataFrame) -> dict[str, Array]:

@@ -21,19 +21,21 @@ import polars as pl
 
 from router_ml import registry, rollout
 from router_ml.bundle import read_bundle
-from router_ml.catalog import Catalog
+from router_ml.catalog import Catalog, load_card
 from router_ml.errors import InputError, NoAliasError, NotRegisteredError, NoWayBackError
 from router_ml.logs import log_sha256, read_log, read_log_info
 from router_ml.policy import Policy
 from router_ml.registry import CHALLENGER, CHAMPION, ModelVersion
 from router_ml.rollout import Promotion
+from router_ml.types import ModelCard
+from training.candidates import first_named
 from training.challenge import Contender
 from training.gate import Verdict
 from training.importers.importing import ImportSummary, import_log
 from training.report import publish
 from training.simulate import simulate
 from training.tracking import register_bundle
-from training.train import train
+from training.train import Training, train
 from training.world import SIMULATED_CATALOG
 
 SIMULATED_REQUESTS, SIMULATED_SEED = 5_000, 4
@@ -111,16 +113,19 @@ class Workbench:
         Raises RegistryError where another registry has none.
         """
         if self.own and not self._has(CHALLENGER):
-            self.champion()
-            made = train(self.log, self.catalog, out=self.bundle, encoder=self.encoder, holdout=self.holdout)
-            publish(made, self.bundle, tracking_uri=self.registry, name=self.name)
+            self.register(train(self.log, self.catalog, out=self.bundle, encoder=self.encoder, holdout=self.holdout))
         return self._entry(CHALLENGER)
+
+    def register(self, made: Training) -> ModelVersion:
+        """Registers what was trained to `bundle`: as the challenger, or as the first champion of another registry."""
+        if self.own:
+            self.champion()
+        return publish(made, self.bundle, tracking_uri=self.registry, name=self.name)
 
     def router(self, bundle: str | Path | None = None) -> Contender:
         """A bundle under the workbench's policy; by default the one of the whole log, which is trained if it is not."""
-        if bundle is None and not self._trained(self.bundle, self.log):
-            train(self.log, self.catalog, out=self.bundle, encoder=self.encoder, holdout=self.holdout)
-        return Contender.load(self.bundle if bundle is None else bundle, self.policy)
+        made = self._train(self.log, self.catalog, self.bundle) if bundle is None else bundle
+        return Contender.load(made, self.policy)
 
     def without(self, model: str) -> Path:
         """The bundle of a log in which the model does not occur, nor in its catalogue; trained if it is not yet.
@@ -130,11 +135,26 @@ class Workbench:
         rest = [other for other in self.catalog.ids if other != model]
         if len(rest) < 2:
             raise InputError(f"without {model} the catalogue has {len(rest)} models: a router needs two to choose from")
-        to, log = self.folder / "without" / model.replace("/", "_"), self.log.filter(pl.col("model") != model)
-        if not self._trained(to, log):
-            to.parent.mkdir(exist_ok=True)
-            train(log, self.catalog.subset(rest), out=to, encoder=self.encoder, holdout=self.holdout)
-        return to
+        to = self.folder / "without" / log_name(model)
+        to.parent.mkdir(exist_ok=True)
+        return self._train(self.log.filter(pl.col("model") != model), self.catalog.subset(rest), to)
+
+    def newcomer(self, card: str | Path | None = None, *, model: str | None = None) -> tuple[ModelCard, Path]:
+        """A model's card, and a bundle that does not know it.
+
+        `card` is a file with the card of a new model. Without one a `model` of the log plays the newcomer, by default
+        the one that the log named last. Raises InputError for a model that the catalogue does not list.
+        """
+        if card is not None:
+            new = load_card(card)
+            return new, self.without(new.id) if new.id in self.catalog else self._train(
+                self.log, self.catalog, self.bundle
+            )
+        since = first_named(self.log)
+        named = model or max((m for m in self.catalog.ids if m in since), key=lambda m: since[m])
+        if named not in self.catalog:
+            raise InputError(f"the catalogue has no model {named!r}: it has {', '.join(self.catalog.ids)}")
+        return replace(self.catalog[named], sibling=None), self.without(named)
 
     def stage(self, *, rehearse: bool = True) -> Workbench:
         """Where champions are moved: in a copy of the registry, made afresh, or, if not to `rehearse`, in itself."""
@@ -213,13 +233,11 @@ class Workbench:
             registry.download(self.registry, self.name, version.version, to)
         return Entry(version.version, to, Contender.load(to, self.policy))
 
-    def _trained(self, bundle: Path, log: pl.DataFrame) -> bool:
-        """Whether the bundle is there already, of this log, encoder and share."""
-        if not (bundle / "manifest.json").is_file():
-            return False
-        manifest = read_bundle(bundle).manifest
-        same = {"encoder": self.encoder, "holdout": self.holdout, "log_sha256": log_sha256(log)}
-        return {name: manifest.get(name) for name in same} == same
+    def _train(self, log: pl.DataFrame, catalog: Catalog, to: Path) -> Path:
+        """A bundle of the log at `to`: the one that is there, whatever its options, or one that is trained now."""
+        if not (to / "manifest.json").is_file() or read_bundle(to).manifest["log_sha256"] != log_sha256(log):
+            train(log, catalog, out=to, encoder=self.encoder, holdout=self.holdout)
+        return to
 
 
 def workbench(
