@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint docs lock clean
+.PHONY: help setup demo test notebooks fuzz lint docs lock clean
 
 define CHECK_PYTHON
 @command -v "$(PYTHON)" > /dev/null || \
@@ -24,9 +24,9 @@ define CHECK_PYTHON
 endef
 
 help: ## this list
-	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMP) ## make .venv and install router-ml[train,serve,dev] at the versions of requirements.lock
+setup: $(STAMP) ## make .venv and install router-ml[train,serve,notebooks,dev] at the versions of requirements.lock
 
 demo: $(STAMP) ## the whole path: a log, training, MLflow, the service, routed requests [DATA=outcomes.parquet]
 	@if [ -n "$$DATA" ] && [ ! -e "$$DATA" ] && [ -e "$(CALLER)/$$DATA" ]; then DATA="$(CALLER)/$$DATA"; fi; \
@@ -34,6 +34,9 @@ demo: $(STAMP) ## the whole path: a log, training, MLflow, the service, routed r
 
 test: $(STAMP) ## the whole test suite [ARGS="-k name"]
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+notebooks: $(STAMP) ## the notebooks for data scientists, in Jupyter [ARGS=--no-browser]
+	@$(BIN)/jupyter lab --ServerApp.root_dir=notebooks $(ARGS)
 
 fuzz: $(STAMP) ## the fuzzers at length: TIMES the examples that make test tries [TIMES=20]
 	@ROUTER_ML_FUZZ="$(TIMES)" nice $(BIN)/python -m pytest --timeout 0 tests/test_fuzz.py tests/test_fuzz_policy.py $(ARGS)
@@ -50,7 +53,7 @@ lock: ## resolve the newest versions afresh and write them to requirements.lock
 	$(CHECK_PYTHON)
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
 	"$(PYTHON)" -m venv "$$tmp/venv" && \
-	"$$tmp/venv/bin/python" -m pip install '.[train,serve,dev]' && \
+	"$$tmp/venv/bin/python" -m pip install '.[train,serve,notebooks,dev]' && \
 	"$$tmp/venv/bin/python" -m pip freeze --exclude router-ml > "$$tmp/freeze" && \
 	{ echo '# The versions that router-ml is tested with, for pip -c. Written by `make lock`.'; \
 	  sed -E '/ @ |^-e /d; s/\+[A-Za-z0-9.]+$$//' "$$tmp/freeze"; } > requirements.lock.new && \
@@ -71,8 +74,8 @@ $(STAMP): pyproject.toml requirements.lock
 	$(CHECK_PYTHON)
 	@test -d $(VENV) || "$(PYTHON)" -m venv $(VENV) || \
 	{ rm -rf $(VENV); echo 'Python could not make .venv; on Debian and Ubuntu it needs: apt-get install python3-venv' >&2; exit 1; }
-	@echo 'Installing router-ml and its libraries into $(VENV): one to four minutes, about 2.5 GB with torch ...'
-	@install() { $(BIN)/python -m pip install -c requirements.lock -e '.[train,serve,dev]' || rm -f $@.new; }; \
+	@echo 'Installing router-ml and its libraries into $(VENV): one to four minutes, about 2.7 GB with torch ...'
+	@install() { $(BIN)/python -m pip install -c requirements.lock -e '.[train,serve,notebooks,dev]' || rm -f $@.new; }; \
 	printf '%s' "$(CURDIR)" > $@.new; \
 	if [ -t 1 ]; then install; else install | awk \
 	  '/^Collecting / && ++n % 25 == 0 { print "  " n " packages found"; fflush() } \

@@ -45,7 +45,7 @@ from training.doctor import examine
 from training.workbench import workbench
 
 # %matplotlib inline
-pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_hide_dataframe_shape=True, float_precision=4)
+pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_cols=-1, tbl_hide_dataframe_shape=True, float_precision=4)
 bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER)
 bench.log.select("request_id", "time", "tenant", "task", "model", "propensity", "cost_usd", "quality").head()
 
@@ -63,14 +63,16 @@ by_day = accounts(bench.log, bench.catalog, by=["day"], baseline=BASELINE)
 by_day.plot()
 
 # %%
-accounts(bench.log, bench.catalog, by=["model"], baseline=BASELINE).to_frame()
+shown = ["calls", "reported", "priced", "open", "input_tokens", "output_tokens", "cost_usd", "savings_usd"]
+accounts(bench.log, bench.catalog, by=["model"], baseline=BASELINE).to_frame().select("model", *shown)
 
 # %% [markdown]
 # Look for gaps between days (a gateway that stopped logging), for a model with most of the spend and a small part of the
 # calls (that is where routing saves), and for `open` calls (their cost is missing from every sum below).
 
 # %%
-accounts(bench.log, bench.catalog, by=["tenant", "task"], baseline=BASELINE).to_frame().sort("cost_usd", descending=True)
+spend = accounts(bench.log, bench.catalog, by=["tenant", "task"], baseline=BASELINE).to_frame()
+spend.sort("cost_usd", descending=True).select("tenant", "task", *shown)
 
 # %% [markdown]
 # ## What the log supports

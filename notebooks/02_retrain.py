@@ -44,10 +44,8 @@ from training.train import train
 from training.workbench import workbench
 
 # %matplotlib inline
-pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_hide_dataframe_shape=True, float_precision=4)
-bench = workbench(
-    LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, registry=REGISTRY, encoder=ENCODER, policy=POLICY
-)
+pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_cols=-1, tbl_hide_dataframe_shape=True, float_precision=4)
+bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, registry=REGISTRY, encoder=ENCODER, policy=POLICY)
 
 # %% [markdown]
 # ## Import

@@ -29,6 +29,7 @@ LOG = None  # a log directory, a Parquet, CSV or JSONL file, or a URL; None: a s
 KIND = None  # what wrote LOG, if it is a gateway's export: litellm, langfuse, otel, portkey, helicone, table or store
 CATALOG = None  # model cards, JSON; None: those that lie in the log
 FOLDER = "work"  # where the log's bundles, registry and stores are kept
+ENCODER = None  # "static", "lexical" or "transformer"; None: static, and lexical for the simulated log
 REGISTRY = None  # MLflow's tracking URI with a champion and a challenger; None: a registry of the notebooks' own
 POLICY = None  # the policy that both are judged under, TOML; None: the default one
 STORE = None  # the store of a service with a shadow, file or URL; None: the newest requests are replayed
@@ -48,8 +49,8 @@ from training.watch import watch
 from training.workbench import workbench
 
 # %matplotlib inline
-pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_hide_dataframe_shape=True, float_precision=4)
-bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, registry=REGISTRY, policy=POLICY)
+pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_cols=-1, tbl_hide_dataframe_shape=True, float_precision=4)
+bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, encoder=ENCODER, registry=REGISTRY, policy=POLICY)
 champion, challenger = bench.champion(), bench.challenger()
 champion.version, challenger.version
 
@@ -130,8 +131,8 @@ verdict.to_frame()
 #   that overrates itself looks good by them.
 # - *off-policy*: what the outcomes of served answers say of the challenger, as far as exploration has tried its choices.
 #
-# Without a `STORE` the log's newest requests go through the real service once more, on this machine and with exploration, and
-# no model is called. Outcomes are then those that the log has of the chosen model; of a simulated log they are drawn from
+# Without a `STORE` the log's newest requests go through the real service once more, on this machine and with much
+# exploration, and no model is called. Outcomes are then those that the log has of the chosen model; of a simulated log they are drawn from
 # its truth.
 
 # %%
@@ -164,7 +165,7 @@ shadow.moves
 
 # %%
 stage = bench.stage(rehearse=REHEARSE)
-stage.promote(verdict, reason="a retrained router, from notebook 03")
+stage.promote(verdict, reason="a retrained router, from notebook 03").says
 
 # %% [markdown]
 # ## Does it keep its promise?
@@ -185,7 +186,7 @@ watched.plot()
 # new one is trained. Where nothing was promoted there is nothing to go back to, and it says so.
 
 # %%
-stage.rollback(reason="rehearsed in notebook 03")
+stage.rollback(reason="rehearsed in notebook 03").says
 
 # %%
 stage.history()

@@ -29,13 +29,15 @@ LOG = None  # a log directory, a Parquet, CSV or JSONL file, or a URL; None: a s
 KIND = None  # what wrote LOG, if it is a gateway's export: litellm, langfuse, otel, portkey, helicone, table or store
 CATALOG = None  # model cards, JSON; None: those that lie in the log
 FOLDER = "work"  # where the log's bundles, registry and stores are kept
+ENCODER = None  # "static", "lexical" or "transformer"; None: static, and lexical for the simulated log
 BUNDLE = None  # a bundle directory; None: the one that is trained on the log
 POLICY = None  # the policy with today's tiers, TOML; None: the default one
 DIAL = 0.85
 MIN_QUALITY = 0.7  # a mean quality that is to be promised
 BUDGET_SHARE = 0.7  # a budget, as a share of what the dial would spend in a month
 REPRICED, INPUT_USD, OUTPUT_USD = "delta-70b", 0.30, 0.30  # a model, and what a million of its tokens may cost soon
-HOSTED, AGAINST = "pocket-8b", "delta-70b"  # a model on GPUs of one's own, and one that is billed by the token
+HOSTED = "pocket-8b"  # a model on GPUs of one's own
+AGAINST = ["aurora-4", "aurora-4-mini", "delta-70b"]  # models that are billed by the token
 GPUS = {
     "gpus_per_replica": 1,
     "usd_per_gpu_hour": 2.5,
@@ -51,7 +53,7 @@ MOST_ROWS = 1_000  # requests that the trade-off is judged on; more take longer 
 import polars as pl
 
 from router_ml.budget import Budget
-from router_ml.selfhost import Deployment, against, by_volume, host
+from router_ml.selfhost import Deployment, by_volume, host
 from router_ml.traffic_shape import Traffic
 from training.advise import advise
 from training.flips import flips
@@ -61,8 +63,8 @@ from training.tune import tune
 from training.workbench import workbench
 
 # %matplotlib inline
-pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_hide_dataframe_shape=True, float_precision=4)
-bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, policy=POLICY)
+pl.Config(fmt_str_lengths=300, tbl_rows=40, tbl_cols=-1, tbl_hide_dataframe_shape=True, float_precision=4)
+bench = workbench(LOG, kind=KIND, catalog=CATALOG, folder=FOLDER, encoder=ENCODER, policy=POLICY)
 contender = bench.router(BUNDLE)
 contender.version
 
@@ -96,7 +98,7 @@ everything.select("policy", "min_probability", "model", pl.col("^quality.*$"), p
 # 95 % confidence, and the cheapest of them may be taken without a correction for having looked.
 
 # %%
-everything.filter(pl.col("min_probability").is_in([dial.min_probability for dial in contender.router.policy.dials.values()]))
+curve.tiers_frame()
 
 # %%
 tuned = tune(contender.router, bench.log, contender.manifest, min_quality=MIN_QUALITY)
@@ -142,8 +144,11 @@ flipped.plot()
 
 # %%
 hosting = host(Deployment(**GPUS), Traffic.of_log(bench.log, scale=SCALE))
-print(against(hosting, bench.catalog[AGAINST]))
-by_volume(hosting, bench.catalog.cards).plot()
+volumes = by_volume(hosting, bench.catalog.subset(AGAINST).cards)
+volumes.plot()
+
+# %%
+volumes.against_frame()
 
 # %%
 hosting.plot()

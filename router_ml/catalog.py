@@ -132,8 +132,8 @@ class Catalog:
         """The catalogue with other ordinary prices of one model. Raises InputError where it does not list it."""
         if model not in self:
             raise InputError(f"model {model!r} is not in the catalogue: it has {', '.join(self.ids)}")
-        prices = {"input_usd_per_mtok": input_usd_per_mtok, "output_usd_per_mtok": output_usd_per_mtok}
-        return Catalog(tuple(replace(card, **prices) if card.id == model else card for card in self.cards))
+        priced = replace(self[model], input_usd_per_mtok=input_usd_per_mtok, output_usd_per_mtok=output_usd_per_mtok)
+        return Catalog(tuple(priced if card.id == model else card for card in self.cards))
 
     def to_json(self) -> dict[str, Any]:
         """The catalogue as the JSON object that `from_json` reads."""

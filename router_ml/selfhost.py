@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,13 +161,14 @@ class Volumes:
     """A deployment and others by volume: USD a month, float64 [k] each, for `mtok_per_month` [k] of the same traffic.
 
     `others` are billed by the token; what overflows the deployment is not in `self_usd`, and `overflow` is its share.
-    `today` is the traffic's own volume.
+    `against` has where hosting begins to pay, and whether it does at `today`, the traffic's own volume.
     """
 
     mtok_per_month: Array
     self_usd: Array
     overflow: Array
     others: Mapping[str, Array]
+    against: tuple[Against, ...]
     today: float
 
     def to_frame(self) -> pl.DataFrame:
@@ -176,6 +177,14 @@ class Volumes:
 
         columns = {"mtok_per_month": self.mtok_per_month, "self_hosted": self.self_usd, "overflow": self.overflow}
         return pl.DataFrame({**columns, **self.others})
+
+    def against_frame(self) -> pl.DataFrame:
+        """A row a model: model, usd_per_month, self_usd_per_month, break_even_mtok, until_mtok, pays."""
+        import polars as pl
+
+        rows = [asdict(one) | {"pays": one.pays} for one in self.against]
+        schema = {"model": pl.String, **dict.fromkeys([f.name for f in fields(Against)][1:], pl.Float64)}
+        return pl.DataFrame(rows, schema={**schema, "pays": pl.Boolean})
 
     def plot(self) -> Figure:
         """Cost a month by volume: where a model's line crosses the deployment's, hosting begins to pay."""
@@ -209,7 +218,8 @@ def by_volume(hosting: Hosting, cards: Sequence[ModelCard], scales: Sequence[flo
         card.id: traffic.usd_per_month(card.input_usd_per_mtok, card.output_usd_per_mtok) * times for card in cards
     }
     overflow = 1.0 - busy.sum(axis=1) / work.sum(axis=1)
-    return Volumes(times * traffic.mtok_per_month, own, overflow, others, traffic.mtok_per_month)
+    each = tuple(against(hosting, card) for card in cards)
+    return Volumes(times * traffic.mtok_per_month, own, overflow, others, each, traffic.mtok_per_month)
 
 
 def host(deployment: Deployment, traffic: Traffic) -> Hosting:

@@ -33,12 +33,14 @@ class Arrival:
     Columns: `outcomes` that it was onboarded with; `promised`, the mean p_ok on its `n` later answers, with the mean
     ends of the interval `low` and `high` and the mean `claim` that a dial is held against; `observed`, the share of
     these that was acceptable; `auc` (null without both kinds of answers) and `brier`; `share` of these requests that
-    the router would send to it; `like`, the existing model that its heads resemble most, with its `weight`.
+    the router would send to it; `like`, the existing model that its heads resemble most, with its `weight`. `bundle` is
+    the directory of the last one, which knows all of the model's outcomes before those that it is judged by.
     """
 
     model: str
     n: int
     sibling: str | None
+    bundle: Path
     frame: pl.DataFrame
 
     def to_frame(self) -> pl.DataFrame:
@@ -99,7 +101,7 @@ def arrival(
         made = onboard_bundle(bundle, card, out=to, logs=before.head(count) if count else None, sibling=sibling)
         like, weight = max(made.mix.items(), key=lambda item: item[1])
         rows.append({"outcomes": made.outcomes, **_judged(to, card.id, later, policy), "like": like, "weight": weight})
-    return Arrival(card.id, len(later), sibling or card.sibling, pl.DataFrame(rows, infer_schema_length=None))
+    return Arrival(card.id, len(later), sibling or card.sibling, to, pl.DataFrame(rows, infer_schema_length=None))
 
 
 def _judged(bundle: Path, model: str, later: pl.DataFrame, policy: Policy | None) -> dict[str, float | None]:

@@ -85,8 +85,9 @@ def _outcomes(
     rows = np.bincount(a, w, m)
     prior = np.full(m, np.average(r, weights=w))
     if prediction is not None:
-        expected = np.nanmean(np.where(np.isnan(prediction[train]), np.nan, prediction[train]), axis=0, where=True)
-        prior = np.where(np.isnan(expected), prior, expected)
+        told = ~np.isnan(prediction[train])
+        expected = np.where(told, prediction[train], 0.0).sum(axis=0) / np.maximum(told.sum(axis=0), 1)
+        prior = np.where(told.any(axis=0), expected, prior)
     mean = (np.bincount(a, w * r, m) + PRIOR_ROWS * prior) / (rows + PRIOR_ROWS)
     off = r - mean[a]
     size = np.maximum(np.abs(mean), 1e-12)

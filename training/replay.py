@@ -35,14 +35,15 @@ def replay(
     *,
     truth: Path | None = None,
     policy: Policy | None = None,
-    exploration_rate: float = 0.3,
-    requests: int = 400,
+    exploration_rate: float = 0.5,
+    requests: int = 500,
     seed: int = 0,
 ) -> str:
     """Sends the log's newest requests to `router-ml serve` with both bundles, and gives the store that it leaves.
 
     Of each session one request, of those that neither bundle has learnt from. The service runs on this machine, in a
-    process of its own, under `policy` with its exploration at `exploration_rate`; no model is called. An outcome is
+    process of its own, under `policy` with its exploration at `exploration_rate`, which is far above what live traffic
+    would bear; no model is called. An outcome is
     reported where one is known: for a simulated log (`truth`, its directory) drawn from the truth, else the one that
     the log has of the very model that was chosen. `folder` is emptied first. Raises InputError where no request is new
     to both bundles, RouterError where the service decides none.

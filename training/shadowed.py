@@ -176,7 +176,7 @@ def _paired(
     return rows, versions, notes
 
 
-_BESIDE = {
+_BESIDE: dict[str, Any] = {
     "request_id": pl.String, "champion_version": pl.String, "challenger_version": pl.String, "bundle": pl.String,
     "degraded": pl.Boolean, "explored": pl.Boolean, "arm_propensity": pl.Float64, "model_chosen": pl.String,
     "shadow_model": pl.String, "shadow_propensity": pl.Float64, "served_probability": pl.Float64,
@@ -247,6 +247,7 @@ def _off_policy(
     ratio = target[at, logged.action] / logged.propensity
     known = _known(logged.catalog, rows)
     lost = unsupported_of(target, target, supported(logged, None))
+    lost[lost < 1e-9] = 0.0  # rounding is out of no log's reach
     support = support_of(ratio, target, np.zeros(len(logged)), lost)
     observed, why = {}, {}
     for metric in METRICS:
@@ -287,10 +288,7 @@ def _target(logged: Logged, rows: pl.DataFrame) -> Array:
     others[at, logged.action] = others[at, prefers] = False
     left = np.maximum(1.0 - target.sum(axis=1, keepdims=True), 0.0)
     target += np.where(others, left / np.maximum(others.sum(axis=1, keepdims=True), 1), 0.0)
-    total = target.sum(axis=1, keepdims=True)
-    return np.where(
-        np.abs(total - 1.0) < 1e-6, target / total, target
-    )  # what is only rounding is out of no log's reach
+    return target
 
 
 def _known(catalog: Catalog, rows: pl.DataFrame) -> dict[str, Array]:

@@ -125,6 +125,25 @@ class TradeOff:
         schema = {**{n: t for n, t in texts.items() if n in order}, "min_probability": pl.Float64, "model": pl.String}
         return pl.DataFrame(rows, schema={**schema, "n": pl.Int64, **numbers}, orient="row")
 
+    def tiers_frame(self) -> pl.DataFrame:
+        """A row a tier: tier, rows (judged on), why, min_probability, quality and cost_usd each with _low and _high.
+
+        Null, and `why`, where the tier is not a least probability alone, or is not identifiable.
+        """
+        rows: list[dict[str, Any]] = []
+        for tier in self.tiers:
+            row: dict[str, Any] = {"tier": tier.name, "rows": tier.rows, "why": tier.why}
+            if tier.today is not None:
+                level = self.scopes[tier.scope].settings[tier.today]
+                row |= {"min_probability": self.settings[tier.today], "why": level.why.get("quality")}
+                for metric in METRICS[:2]:
+                    found = level.values[metric] or (None, None, None)
+                    row |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), found, strict=True))
+            rows.append(row)
+        numbers = ["min_probability", *(f"{m}{end}" for m in METRICS[:2] for end in ("", "_low", "_high"))]
+        texts = dict.fromkeys(("tier", "rows", "why"), pl.String)
+        return pl.DataFrame(rows, schema={**texts, **dict.fromkeys(numbers, pl.Float64)})
+
     def plot(self) -> Figure:
         """The frontier of all rows with its band, each tier's setting today, and the single models."""
         from training.challenge_plots import frontier_plot

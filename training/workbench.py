@@ -8,6 +8,7 @@ not given, and moves of its champion are made in a copy unless they are asked fo
 from __future__ import annotations
 
 import getpass
+import hashlib
 import shutil
 import sqlite3
 from collections.abc import Mapping
@@ -113,7 +114,13 @@ class Workbench:
         Raises RegistryError where another registry has none.
         """
         if self.own and not self._has(CHALLENGER):
-            self.register(train(self.log, self.catalog, out=self.bundle, encoder=self.encoder, holdout=self.holdout))
+            self.champion()
+            made = read_bundle(self._train(self.log, self.catalog, self.bundle)).manifest
+            version = register_bundle(
+                self.bundle, tracking_uri=self.registry, name=self.name, metrics=made["metrics"],
+                params={name: made[name] for name in ("quality_threshold", "holdout", "seed", "keep_prompts")},
+            )  # fmt: skip
+            registry.enter(self.registry, self.name, version.version)
         return self._entry(CHALLENGER)
 
     def register(self, made: Training) -> ModelVersion:
@@ -135,7 +142,7 @@ class Workbench:
         rest = [other for other in self.catalog.ids if other != model]
         if len(rest) < 2:
             raise InputError(f"without {model} the catalogue has {len(rest)} models: a router needs two to choose from")
-        to = self.folder / "without" / log_name(model)
+        to = self.folder / "without" / _name(model)
         to.parent.mkdir(exist_ok=True)
         return self._train(self.log.filter(pl.col("model") != model), self.catalog.subset(rest), to)
 
@@ -267,14 +274,16 @@ def workbench(
     truth: Path | None = None
     imported: ImportSummary | None = None
     if log is None:
-        truth, log = at / "simulated" / "truth", at / "simulated" / "log"
-        kind, source, cards = "table", at / "simulated" / "gateway.parquet", SIMULATED_CATALOG
+        truth, export = at / "simulated" / "truth", at / "simulated" / "gateway.parquet"
+        kind, log, cards, to = "table", export, SIMULATED_CATALOG, at / "simulated" / "log"
         settings = {"columns": {name: column for column, name in _EXPORT.items()}}
-        _simulated(truth, source)
+        _simulated(truth, export)
     else:
-        source, log = log, log if kind is None else at / "imported" / log_name(log) / "log"
+        to = at / "imported" / _name(log) / "log"
     if kind is not None:
-        imported = import_log(kind, str(source), out=log, catalog=cards, settings=settings)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        imported = import_log(kind, str(log), out=to, catalog=cards, settings=settings)
+        log = to
     rows = read_log(log).sort("time", maintain_order=True)
     if cards is None:
         known = read_log_info(log).get("catalog") if (Path(log) / "log.json").is_file() else None
@@ -293,10 +302,12 @@ def workbench(
     )  # fmt: skip
 
 
-def log_name(source: str | Path) -> str:
-    """A name for the folder of what is imported from a source: the end of its own, which holds no password."""
-    end = str(source).rstrip("/").rpartition("/")[2].partition("?")[0]
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in end).lstrip(".") or "source"
+def _name(source: str | Path) -> str:
+    """A folder's name for what comes of a source: its own end, which holds no password, and a hash of all of it."""
+    whole = str(source) if "://" in str(source) else str(Path(source).resolve())
+    end = whole.rstrip("/").rpartition("/")[2].partition("?")[0]
+    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in end).lstrip(".")
+    return f"{kept}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _simulated(truth: Path, export: Path) -> None:
