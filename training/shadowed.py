@@ -125,7 +125,9 @@ def shadowed(
     own = rows.filter(~pl.col("explored"))
     if own.is_empty():
         raise InputError("exploration drew every request that the shadow scored: wait for some that it did not draw")
-    logged = logged_of(rows.with_columns(cost_column(Catalog(tuple(cards.values())))), catalog)
+    if cards:  # a call that reports no cost is priced, but not by a card that is not known
+        rows = rows.with_columns(cost_column(Catalog(tuple(cards.values()))))
+    logged = logged_of(rows, catalog)
     drawn = np.flatnonzero(logged.propensity < CERTAIN)
     if 0 < len(drawn) < len(rows):
         share = 1.0 - len(drawn) / len(rows)

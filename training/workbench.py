@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import shutil
 import sqlite3
+import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -142,7 +142,7 @@ class Workbench:
         rest = [other for other in self.catalog.ids if other != model]
         if len(rest) < 2:
             raise InputError(f"without {model} the catalogue has {len(rest)} models: a router needs two to choose from")
-        to = self.folder / "without" / _name(model)
+        to = self.folder / "without" / _name(f"model://{model}")
         to.parent.mkdir(exist_ok=True)
         return self._train(self.log.filter(pl.col("model") != model), self.catalog.subset(rest), to)
 
@@ -168,9 +168,8 @@ class Workbench:
         if not rehearse:
             return self
         champion, challenger = self.champion(), self.challenger()
-        folder = self.folder / "rehearsal"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        # A new place each time: MLflow keeps a database open that this process has used once.
+        folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=self.folder))
         uri = _sqlite(folder)
         database = registry.sqlite_path(self.registry)
         if database is not None:  # the artifacts stay where they are, and are only read
