@@ -52,3 +52,12 @@ def test_a_sibling_that_cannot_be_is_refused(catalog: Catalog, sibling: object, 
 def test_a_card_that_is_listed_already_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InputError, match="lists model 'mid' twice"):
         catalog.with_card(card_from_json(CARD | {"id": "mid"}, "card"))
+
+
+def test_other_prices_are_one_models_alone(catalog: Catalog) -> None:
+    cheaper = catalog.with_prices("mid", 0.25, 1.0)
+    assert (cheaper["mid"].input_usd_per_mtok, cheaper["mid"].output_usd_per_mtok) == (0.25, 1.0)
+    assert cheaper.ids == catalog.ids and cheaper["mid"].regions == catalog["mid"].regions
+    assert [cheaper[model] for model in catalog.ids if model != "mid"] == [c for c in catalog if c.id != "mid"]
+    with pytest.raises(InputError, match="'other' is not in the catalogue: it has frontier"):
+        catalog.with_prices("other", 0.1, 0.1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from router_ml.catalog import Catalog
 from router_ml.cli import main
 from router_ml.errors import InputError
-from router_ml.selfhost import Deployment, against, host
+from router_ml.selfhost import Deployment, against, by_volume, host
 from router_ml.traffic_shape import MONTH_HOURS, Traffic, busy_week
 from router_ml.types import ModelCard, Tier
 
@@ -125,6 +125,23 @@ def test_the_break_even_is_where_the_costs_meet() -> None:
         scale = found * factor / traffic.mtok_per_month
         there = host(of, Traffic(traffic.input_tokens * scale, traffic.output_tokens * scale))
         assert against(there, CLOSED).pays == pays
+
+
+def test_costs_by_volume_are_those_of_the_traffic_at_that_volume() -> None:
+    of = replace(CLUSTER, existing_replicas=0, autoscaling=True)
+    traffic = Traffic.of_week(*DOCUMENTS)
+    hosting = host(of, traffic)
+    found = by_volume(hosting, [CLOSED], scales=[0.1, 1.0, 7.0])
+    for row, scale in zip(found.to_frame().iter_rows(named=True), (0.1, 1.0, 7.0), strict=True):
+        there = host(of, Traffic(traffic.input_tokens * scale, traffic.output_tokens * scale))
+        assert row["self_hosted"] == pytest.approx(there.usd_per_month)
+        assert row["mtok_per_month"] == pytest.approx(traffic.mtok_per_month * scale)
+        assert row[CLOSED.id] == pytest.approx(against(there, CLOSED).usd_per_month)
+    (row,) = found.against_frame().iter_rows(named=True)
+    assert row["break_even_mtok"] == against(hosting, CLOSED).break_even_mtok and row["pays"] is True
+    lines = by_volume(hosting, [CLOSED]).plot().axes[0].lines
+    own, other = lines[0].get_ydata(), lines[1].get_ydata()
+    assert own[0] > other[0] and own[-1] < other[-1], "the lines cross"
 
 
 def test_redundancy_and_idle_hours_are_paid_for() -> None:

@@ -136,6 +136,11 @@ def test_frame_plot_and_file(found: TradeOff, tmp_path: Path) -> None:
     frame = found.to_frame().filter(by="all")
     assert frame.filter(policy="dial")["min_probability"].to_list() == list(found.settings)
     assert set(frame.filter(policy="always")["model"]) == set(found.models)
+    tiers = {row["tier"]: row for row in found.tiers_frame().iter_rows(named=True)}
+    standard = found.to_frame().filter(by="all", policy="dial", min_probability=0.7).row(0, named=True)
+    for name in ("min_probability", "quality", "quality_low", "quality_high", "cost_usd", "cost_usd_high"):
+        assert tiers["standard"][name] == standard[name]
+    assert tiers["best"]["quality"] is None and "most probable" in tiers["best"]["why"]
     found.plot().savefig(tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     found.write(tmp_path / "new" / "tradeoff.json")
