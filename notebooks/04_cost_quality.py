@@ -47,7 +47,7 @@ GPUS = {
     "ops_usd_per_month": 1_000.0,
 }
 SCALE = 1_000.0
-MOST_ROWS = 1_000  # requests that the trade-off is judged on; more take longer and give narrower bands
+MOST_ROWS = 800  # requests that the trade-off is judged on; more take longer and give narrower bands
 
 # %%
 import polars as pl
@@ -80,7 +80,7 @@ curve = tradeoff(
     contender.router,
     bench.log,
     contender.manifest,
-    settings=(0.0, 0.4, 0.6, 0.8, DIAL, 0.95),
+    settings=(0.0, 0.6, DIAL, 0.95),
     most_rows=MOST_ROWS,
 )
 curve.plot()

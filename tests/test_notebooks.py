@@ -129,7 +129,7 @@ def test_everything_that_it_speaks_of_exists(name: str) -> None:
         assert any((ROOT / Path(*parts[:end])).with_suffix(".py").is_file() for end in (len(parts), len(parts) - 1))
 
 
-def executed(folder: Path, *names: str, timeout: int = 500) -> dict[str, str]:
+def executed(folder: Path, *names: str, timeout: int = 850) -> dict[str, str]:
     """Runs notebooks by nbmake in their order, and gives what each showed as text; fails with what failed."""
     files = [f"{name}.ipynb" for name in names]
     command = [
@@ -142,9 +142,10 @@ def executed(folder: Path, *names: str, timeout: int = 500) -> dict[str, str]:
         "-p",
         "no:cacheprovider",
     ]
+    own = {"PYTHONPATH": str(ROOT), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "POLARS_TABLE_WIDTH": "600"}
     done = subprocess.run(
         [*command, "-p", "no:schemathesis", *files], cwd=folder, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")},
+        env=os.environ | own,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     shown = {}
@@ -156,7 +157,7 @@ def executed(folder: Path, *names: str, timeout: int = 500) -> dict[str, str]:
     return shown
 
 
-@pytest.mark.timeout(550)
+@pytest.mark.timeout(900)
 def test_they_run_on_a_small_log(tmp_path: Path) -> None:
     """The later ones first: none needs what an earlier one has made, and all share what is there."""
     for name in NAMES:
