@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from router_ml.terminal import ALIAS, REGISTER, TRACKING, ExistingFile, PathArg, register_as
+from router_ml.rollout_cli import register_as
+from router_ml.terminal import ALIAS, REGISTER, TRACKING, ExistingFile, PathArg
 
 
 @click.group()

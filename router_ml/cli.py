@@ -18,7 +18,7 @@ from router_ml.cost_cli import selfhost, usage
 from router_ml.doctor_cli import doctor
 from router_ml.evaluate_cli import evaluate, promote
 from router_ml.import_cli import LOGGINGS, import_
-from router_ml.rollout_cli import history, rollback, watch
+from router_ml.rollout_cli import history, register_as, rollback, say_registered, watch
 from router_ml.serve_cli import serve
 from router_ml.terminal import (
     ALIAS,
@@ -29,9 +29,7 @@ from router_ml.terminal import (
     LogPath,
     PathArg,
     bar,
-    register_as,
     say_log,
-    say_registered,
     stages,
 )
 from router_ml.tradeoff_cli import tradeoff

@@ -20,8 +20,11 @@ from router_ml.errors import InputError, MovedError, NoWayBackError, RouterError
 from router_ml.terminal import TRACKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import sqlalchemy as sa
 
+    from router_ml.registry import ModelVersion
     from router_ml.rollout import Reign
 
 _SHARE = click.FloatRange(0.0, 1.0, max_open=True)
@@ -218,3 +221,17 @@ def _until_signal() -> Iterator[list[int]]:
 
 def _clock(time: datetime | None = None) -> str:
     return (datetime.now(UTC) if time is None else time).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def register_as(bundle: Path, name: str, alias: str | None, tracking_uri: str) -> None:
+    """Registers a bundle that was not trained just now, and says so. Raises as `publish_bundle` does."""
+    from training.report import publish_bundle
+
+    say_registered(publish_bundle(bundle, tracking_uri=tracking_uri, name=name, alias=alias), tracking_uri)
+
+
+def say_registered(made: ModelVersion, tracking_uri: str) -> None:
+    """Prints which version a bundle became, and where."""
+    from router_ml.registry import shown
+
+    click.echo(f"registered as {made.name} version {made.version}, alias {made.alias} ({shown(tracking_uri)})")

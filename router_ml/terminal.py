@@ -13,7 +13,6 @@ from router_ml.errors import RouterError
 
 if TYPE_CHECKING:
     from router_ml.logs import LogSummary
-    from router_ml.registry import ModelVersion
 
 PathArg = click.Path(path_type=Path)
 ExistingFile = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -121,17 +120,3 @@ def say_log(summary: LogSummary, out: Path) -> None:
     click.echo(f"{summary.rows} rows in {out}, {summary.rejected} set aside")
     for reason, count in sorted(summary.reject_reasons.items(), key=lambda item: -item[1]):
         click.echo(f"  {count} x {reason}")
-
-
-def register_as(bundle: Path, name: str, alias: str | None, tracking_uri: str) -> None:
-    """Registers a bundle that was not trained just now, and says so. Raises as `publish_bundle` does."""
-    from training.report import publish_bundle
-
-    say_registered(publish_bundle(bundle, tracking_uri=tracking_uri, name=name, alias=alias), tracking_uri)
-
-
-def say_registered(made: ModelVersion, tracking_uri: str) -> None:
-    """Prints which version a bundle became, and where."""
-    from router_ml.registry import shown
-
-    click.echo(f"registered as {made.name} version {made.version}, alias {made.alias} ({shown(tracking_uri)})")
