@@ -298,6 +298,10 @@ def _say(summary: Any, out: Path) -> None:
         click.echo(f"  {summary.signals} signals of feedback; the quality of {summary.requality} rows is another now")
         if summary.unjoined:
             click.echo(f"  {summary.unjoined} signals have no row yet")
+        if summary.ambiguous:
+            click.echo(
+                f"  {summary.ambiguous} signals name a request that went to several models, and not whose answer"
+            )
         if summary.unread:
             click.echo(f"  {summary.unread} signals say nothing that their rule can read")
         for source, count in summary.without_rule.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import polars as pl
 
@@ -30,6 +30,7 @@ CHUNK_ROWS = 100_000
 DtypeOf = Callable[[str], pl.DataType | None]
 # One field longer than this is a quote that was never closed, not a prompt.
 _MAX_FIELD_CHARS = 1 << 26
+_FIRST_US, _LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999, since 1970
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +135,14 @@ def _column(name: str, values: list[Any], dtype: pl.DataType) -> tuple[pl.Series
     return pl.Series(name, texts, dtype=pl.String), wrong
 
 
-def read_csv(path: Path, chunk_rows: int) -> Iterator[RawChunk]:
-    """Yields the records of a CSV file with a header, every value a non-empty string or None.
+def read_csv(path: Path, chunk_rows: int, text: TextIO | None = None) -> Iterator[RawChunk]:
+    """Yields the records of a CSV file with a header, every value a non-empty string or None; of `text` where given.
 
     Records of another width than the header, and those with broken UTF-8, are set aside. Raises InputError for a file
     without a usable header or with a quote that is never closed.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD_CHARS))
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with text or path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         try:
             header = next(reader, [])
@@ -251,12 +252,23 @@ def rejected(frame: pl.DataFrame, reasons: Mapping[str, pl.Series]) -> pl.DataFr
     )
     originals = said[ORIGINAL].to_list() if ORIGINAL in said.columns else [None] * said.height
     cells = [c for c in said.columns if not c.startswith("__")]
+    # Times beyond Python's own (years 1 to 9999), as a wrong unit makes of numbers, cannot become Python's.
+    said = said.with_columns(
+        pl.col(c).dt.timestamp("us").cast(pl.String) for c in cells if not _has_pythons_times(said[c])
+    )
     rows = said.select(cells).iter_rows(named=True) if cells else iter([{}] * said.height)
     texts = [
         text if text is not None else json.dumps(plain(row), ensure_ascii=False)
         for text, row in zip(originals, rows, strict=True)
     ]
     return pl.DataFrame([said[ROW], said[REASON], pl.Series(texts, dtype=pl.String)], schema=REJECT_SCHEMA)
+
+
+def _has_pythons_times(column: pl.Series) -> bool:
+    if not isinstance(column.dtype, pl.Datetime):
+        return True
+    within = column.dt.timestamp("us").is_between(_FIRST_US, _LAST_US)
+    return bool(within.all())
 
 
 def plain(value: Any) -> Any:

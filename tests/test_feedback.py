@@ -27,18 +27,26 @@ def rows_of(*ids: tuple[str, str | None]) -> pl.DataFrame:
     """Rows (request_id, trace_id) a second apart, whose response is called after the request."""
     return pl.DataFrame(
         [
-            {"row": at, "time": NOW + timedelta(seconds=at), "request_id": r, "trace_id": t, "response_id": f"resp-{r}"}
+            {
+                "row": at,
+                "time": NOW + timedelta(seconds=at),
+                "request_id": r,
+                "trace_id": t,
+                "response_id": f"resp-{r}",
+                "model": f"m{at}",
+                "status": "ok",
+            }
             for at, (r, t) in enumerate(ids)
         ],
         {"row": pl.Int64, "time": SIGNALS["time"]}
-        | dict.fromkeys(("request_id", "trace_id", "response_id"), pl.String),
+        | dict.fromkeys(("request_id", "trace_id", "response_id", "model", "status"), pl.String),
     )
 
 
 def quality(rows: pl.DataFrame, said: pl.DataFrame, rules: list[Rule], **own: Any) -> dict[int, tuple[float, str]]:
     heard = apply_rules(said, rules).filter(pl.col("q").is_not_null()).with_row_index("_signal")
     mine = pl.DataFrame([own] if own else [], {"row": pl.Int64, "source": pl.String, "q": pl.Float64, "w": pl.Float64})
-    found, _ = qualities(rows, heard, mine)
+    found, _, _ = qualities(rows, heard, mine)
     return {row: (q, source) for row, q, source in found.iter_rows()}
 
 

@@ -199,22 +199,29 @@ def apply_rules(signals: pl.DataFrame, rules: Sequence[Rule]) -> pl.DataFrame:
     return signals.with_columns(q=q, w=w, trace_rule=trace).drop("_rule")
 
 
-def qualities(rows: pl.DataFrame, signals: pl.DataFrame, own: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:
-    """The quality of rows from signals: ((`row`, `quality`, `quality_source`), the `_signal`s that found an answer).
+def qualities(
+    rows: pl.DataFrame, signals: pl.DataFrame, own: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.Series, pl.Series]:
+    """The quality of rows from signals: ((`row`, `quality`, `quality_source`), the `_signal`s that found an answer,
+    those that could be of several).
 
-    `rows` has `row` (a number), `time`, `request_id`, `trace_id`, `response_id`; `signals` has `_signal` (a number) and
-    what `apply_rules` adds, no null in it; `own` (`row`, `source`, `q`, `w`) is what rows said of themselves, as if it
-    were the oldest signal. A signal that names an answer goes to it, by its request_id first; one that names a trace
-    alone as its rule says. Rows that no signal is about are left out. `quality_source` is the sources' names in the
-    order of the alphabet, joined by "+".
+    `rows` has `row` (a number), `time`, `request_id`, `trace_id`, `response_id`, `model`, `status`; `signals` has
+    `_signal` (a number) and what `apply_rules` adds, no null in it; `own` (`row`, `source`, `q`, `w`) is what rows said
+    of themselves, as if it were the oldest signal. A signal that names an answer goes to it, by its request_id first;
+    of a request that was sent to several models to the one that its response_id, trace_id or model names, otherwise to
+    none. One that names a trace alone goes as its rule says, and never to a call that failed where another succeeded.
+    Rows that no signal is about are left out. `quality_source` is the sources' names in the order of the alphabet,
+    joined by "+".
     """
     wanted = ["row", "source", "time", "_signal", "q", "w"]
-    found = [
-        signals.filter(_names(key, before)).join(rows.select("row", key), on=key, how="inner").select(wanted)
-        for key, before in (("request_id", ()), ("response_id", ("request_id",)))
-    ]
+    of_request, ambiguous = _of_request(rows, signals.filter(_names("request_id", ())))
+    of_response = signals.filter(_names("response_id", ("request_id",)))
+    found = [of_request.select(wanted)]
+    found.append(of_response.join(rows.select("row", "response_id"), on="response_id", how="inner").select(wanted))
     of_trace = signals.filter(_names("trace_id", ("request_id", "response_id")))
     traces = rows.filter(pl.col("trace_id").is_in(of_trace["trace_id"].unique().implode())).sort("time", "row")
+    failed = (pl.col("status") != "ok").fill_null(False)  # of a cached answer, which has none, nothing failed
+    traces = traces.filter(~failed | failed.all().over("trace_id"))
     traces = traces.select("trace_id", "row", _n=pl.len().over("trace_id"), _at=pl.int_range(pl.len()).over("trace_id"))
     gets = {"last": pl.col("_at") == pl.col("_n") - 1, "only": pl.col("_n") == 1, "every": pl.lit(True)}
     kinds = pl.any_horizontal((pl.col("trace_rule") == name) & one for name, one in gets.items())
@@ -235,7 +242,19 @@ def qualities(rows: pl.DataFrame, signals: pl.DataFrame, own: pl.DataFrame) -> t
     mean = ((pl.col("q") * pl.col("w")).sum() / pl.col("w").sum()).clip(0, 1)
     named = pl.col("source").unique(maintain_order=True).str.join("+")
     said = newest.group_by("row", maintain_order=True).agg(quality=mean, quality_source=named)
-    return said, about["_signal"].unique()
+    return said, about["_signal"].unique(), ambiguous
+
+
+def _of_request(rows: pl.DataFrame, signals: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:
+    """The signals with the one `row` of their request that they can be about, and those with several such rows."""
+    other = ("response_id", "trace_id", "model")
+    found = signals.join(rows.select("row", "request_id", *other), on="request_id", how="inner", suffix="_of")
+    several = pl.len().over("_signal") > 1
+    for name in other:
+        # What a signal does not say, or says of no row, tells none apart.
+        fits = (pl.col(name) == pl.col(f"{name}_of")).fill_null(False)
+        found = found.filter(~several | fits | ~fits.any().over("_signal"))
+    return found.filter(~several), found.filter(several)["_signal"].unique()
 
 
 def _names(key: str, before: Sequence[str]) -> pl.Expr:

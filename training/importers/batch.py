@@ -20,10 +20,11 @@ __all__ = ["JOINS", "ROW", "SIGNALS", "Batch", "ReadOptions", "Reader", "no_reje
 
 # By what feedback finds a row beside its request_id. Kept beside the log, whose schema has no room for them.
 JOINS = pl.Schema({"trace_id": pl.String(), "response_id": pl.String()})
-# One thing that someone or something said of an answer. `request_id` or `response_id` name one answer, `trace_id` alone
-# a whole trace (`training.feedback` says which answer gets it, so that it never multiplies). `source` is what a rule of
-# the feedback file is about; `value` is a number as found, `label` a word as found, `weight` the signal's own
-# weight where it has one; `signal` is an id that is the same when the signal is read again (null: its content is it).
+# One thing that someone or something said of an answer. `request_id` or `response_id` name one answer (of a request
+# that was sent to several models that of `model`, or of the trace), `trace_id` alone a whole trace (`training.feedback`
+# says which answer gets it, so that it never multiplies). `source` is what a rule of the feedback file is about;
+# `value` is a number as found, `label` a word as found, `weight` the signal's own weight where it has one; `signal` is
+# an id that is the same when the signal is read again (null: its content is it).
 SIGNALS = pl.Schema(
     {
         "signal": pl.String(),
@@ -31,6 +32,7 @@ SIGNALS = pl.Schema(
         "request_id": pl.String(),
         "trace_id": pl.String(),
         "response_id": pl.String(),
+        "model": pl.String(),
         "source": pl.String(),
         "value": pl.Float64(),
         "label": pl.String(),

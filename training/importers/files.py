@@ -5,9 +5,6 @@ Numbers and times come as text, nested JSON as its JSON text, so that whoever ma
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +14,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
 from router_ml.errors import InputError
-from router_ml.rawfiles import ORIGINAL, REJECT_SCHEMA, ROW, BrokenRow, jsonl_chunk, read_csv
+from router_ml.log_schema import convert
+from router_ml.rawfiles import BROKEN_UTF8, ORIGINAL, REJECT_SCHEMA, ROW, BrokenRow, jsonl_chunk, rejected
 from training.importers.batch import no_rejects
+from training.importers.csv_rows import BLOCK_BYTES, read_rows
 from training.importers.jsontext import fields_of
+from training.importers.resume import Place, place, tail_of
 
 CHUNK_BYTES = 1 << 26
-CSV_BYTES = 1 << 23  # pyarrow holds some ten blocks; a row that is longer takes the slow way
-_HEAD = 1 << 16
 _READ_ROWS = 1_024
 
 
@@ -61,44 +58,32 @@ def read_columns(
 ) -> Iterator[Chunk]:
     """Reads the wanted columns of a .parquet, .csv, .jsonl or .ndjson file, from a chunk's cursor on.
 
-    A file that grew is read from where the cursor was; one whose beginning has changed from its first row. Raises
-    InputError for a file that is missing, of another kind or damaged as a whole.
+    A file that grew is read from where the cursor was, one of which what was read has changed from its first row; of a
+    last line without newline `resume` says what becomes. Raises InputError for a file that is missing, of another kind
+    or damaged as a whole.
     """
     path, names = Path(file), list(dict.fromkeys(wanted))
     if not path.is_file():
         raise InputError(f"there is no file {path}: correct the path")
-    at = dict(cursor or {})
-    if not _same(path, at):
-        at = {}
+    at = place(path, cursor)
     kind = path.suffix.lower()
+    if at.same:
+        return
     if kind in (".jsonl", ".ndjson"):
         yield from _jsonl(path, names, at)
     elif kind == ".csv":
-        yield from _together(_csv(path, names, at, chunk_rows))
+        yield from _csv(path, names, at, chunk_rows)
     else:
         yield from _parquet(path, names, at, chunk_rows)
 
 
-def _mark(path: Path, row: int, offset: int) -> dict[str, Any]:
-    with path.open("rb") as file:
-        head = file.read(min(_HEAD, offset) if offset else _HEAD)
-    return {"row": row, "offset": offset, "head": len(head), "sha256": hashlib.sha256(head).hexdigest()}
-
-
-def _same(path: Path, at: Mapping[str, Any]) -> bool:
-    if not at or path.stat().st_size < max(at["offset"], at["head"]):
-        return False
-    with path.open("rb") as file:
-        return bool(hashlib.sha256(file.read(at["head"])).hexdigest() == at["sha256"])
-
-
-def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chunk]:
-    row, offset = at.get("row", 0), at.get("offset", 0)
+def _jsonl(path: Path, names: list[str], at: Place) -> Iterator[Chunk]:
+    row, offset = at.row, at.offset
     with path.open("rb") as file:
         file.seek(offset)
         rest = b""
-        while block := file.read(CHUNK_BYTES):
-            cut = block.rfind(b"\n") + 1
+        while block := file.read(min(CHUNK_BYTES, at.end - file.tell())):
+            cut = block.rfind(b"\n") + 1 if file.tell() < at.end else len(block)
             if not cut:
                 rest += block
                 continue
@@ -106,12 +91,10 @@ def _jsonl(path: Path, names: list[str], at: Mapping[str, Any]) -> Iterator[Chun
             offset += len(data)
             frame, raw_of, rejects, read = _lines(data, names, row)
             row += read
-            yield Chunk(frame, raw_of, rejects, _mark(path, row, offset))
-        if rest.strip():
-            # A last line without newline: where it is no JSON, its writer may be at it, so the cursor stays before it.
-            frame, raw_of, rejects, read = _lines(rest, names, row)
-            whole = frame.height > 0
-            yield Chunk(frame, raw_of, rejects, _mark(path, row + whole, offset + len(rest) * whole))
+            yield Chunk(frame, raw_of, rejects, at.mark(row, offset))
+    if tail := tail_of(path, at).strip():
+        frame, raw_of, rejects, _ = _lines(b"", names, row)
+        yield Chunk(frame, raw_of, rejects, at.mark(row, at.end, half=len(tail)))
 
 
 def _lines(
@@ -154,65 +137,18 @@ def _broken(lines: list[BrokenRow]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=REJECT_SCHEMA, orient="row")
 
 
-def _csv(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -> Iterator[Chunk]:
-    """By pyarrow, which says which line has another width; from the first broken byte on by Python."""
-    done = int(at.get("row", 0))
-    seen = 0
-    ragged: list[tuple[int, str]] = []
-
-    def note(line: Any) -> str:
-        ragged.append((line.number - 1, line.text))
-        return "skip"
-
-    options = {
-        "read_options": arrow_csv.ReadOptions(use_threads=False, block_size=min(CSV_BYTES, CHUNK_BYTES)),
-        "parse_options": arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-    }
-    header = _header(path)
-    convert = arrow_csv.ConvertOptions(
-        column_types=dict.fromkeys(header, pa.large_string()),
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=True,
-    )
-    try:
-        with arrow_csv.open_csv(path, convert_options=convert, **options) as reader:
-            for batch in reader:
-                raw = pl.DataFrame(pl.from_arrow(batch))
-                lines = dict(ragged)
-                numbers = np.setdiff1d(np.arange(seen + 1, seen + raw.height + len(lines) + 1), list(lines))
-                numbers = numbers[: raw.height]
-                last = int(numbers[-1]) if raw.height else seen
-                gone = [(n, "wrong number of fields", json.dumps(t)) for n, t in ragged if done < n <= last]
-                ragged[:] = [line for line in ragged if line[0] > last]
-                seen = last
-                keep = numbers > done
-                raw = raw.filter(pl.Series(keep))
-                rows = pl.Series(ROW, numbers[keep], dtype=pl.Int64)
-                if raw.height or gone:
-                    rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
-                    done = max(done, last)
-                    frame = _pick(raw, names).with_columns(rows)
-                    yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, done, 0), tuple(raw.columns))
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        yield from _slow_csv(path, names, done, chunk_rows)
-        return
-    if gone := [(n, "wrong number of fields", json.dumps(t)) for n, t in ragged if n > done]:
-        last = gone[-1][0]
-        empty = pl.DataFrame(schema=dict.fromkeys(header, pl.String()))
-        none = pl.Series(ROW, [], dtype=pl.Int64)
-        rejects = pl.DataFrame(gone, schema=REJECT_SCHEMA, orient="row")
-        frame = _pick(empty, names).with_columns(none)
-        yield Chunk(frame, _numbered(empty, none), rejects, _mark(path, last, 0), tuple(header))
-
-
-def _together(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Small chunks as fewer of CHUNK_BYTES: each costs its reader some 30 ms, however many rows it has."""
+def _csv(path: Path, names: list[str], at: Place, chunk_rows: int) -> Iterator[Chunk]:
+    """Rows as fewer chunks of CHUNK_BYTES: each costs its reader some 30 ms, however many rows it has."""
     pending: list[Chunk] = []
     size = 0
-    for chunk in chunks:
-        pending.append(chunk)
-        size += int(chunk.frame.estimated_size())
+    for rows in read_rows(path, at, chunk_rows=chunk_rows, block_bytes=min(BLOCK_BYTES, CHUNK_BYTES)):
+        frame = _pick(rows.raw.with_columns(rows.numbers), [*names, ROW])
+        raw_of = _numbered(rows.raw, rows.numbers)
+        if rows.last and pending:
+            yield _one(pending)
+            pending, size = [], 0
+        pending.append(Chunk(frame, raw_of, rows.rejects, rows.cursor, tuple(rows.raw.columns)))
+        size += int(frame.estimated_size())
         if size >= CHUNK_BYTES:
             yield _one(pending)
             pending, size = [], 0
@@ -231,33 +167,13 @@ def _one(chunks: list[Chunk]) -> Chunk:
     )
 
 
-def _slow_csv(path: Path, names: list[str], done: int, chunk_rows: int) -> Iterator[Chunk]:
-    for chunk in read_csv(path, chunk_rows):
-        rows = pl.Series(ROW, chunk.rows, dtype=pl.Int64)
-        raw = pl.DataFrame([pl.Series(n, v, dtype=pl.String) for n, v in chunk.columns.items()])
-        rejects, keep = _broken(chunk.broken).filter(pl.col("row") > done), rows > done
-        last = max([done, *chunk.rows[-1:], *(line.row for line in chunk.broken[-1:])])
-        if keep.any() or rejects.height:
-            raw, rows = raw.filter(keep), rows.filter(keep)
-            frame = _pick(raw, names).with_columns(rows)
-            yield Chunk(frame, _numbered(raw, rows), rejects, _mark(path, last, 0), tuple(raw.columns))
-
-
 def _numbered(raw: pl.DataFrame, rows: pl.Series) -> Callable[[], pl.DataFrame]:
     return partial(raw.with_columns, rows)
 
 
-def _header(path: Path) -> list[str]:
-    """The names of a CSV file's columns. Raises InputError as `read_csv` does."""
-    for chunk in read_csv(path, 1):
-        return list(chunk.columns)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _parquet(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: int) -> Iterator[Chunk]:
+def _parquet(path: Path, names: list[str], at: Place, chunk_rows: int) -> Iterator[Chunk]:
     """By pyarrow: polars holds eight row groups ahead, and rows of 8 kB make gigabytes of these."""
-    done = int(at.get("row", 0))
+    done = at.row
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             columns = file.schema_arrow.names
@@ -265,12 +181,26 @@ def _parquet(path: Path, names: list[str], at: Mapping[str, Any], chunk_rows: in
                 rows = pl.int_range(done + 1, done + raw.height + 1, dtype=pl.Int64, eager=True).alias(ROW)
                 raw_of = partial(_rows_of, path, done, rows)
                 done += raw.height
-                frame = _pick(raw, names).with_columns(rows)
-                yield Chunk(frame, raw_of, no_rejects(), _mark(path, done, 0), tuple(columns))
+                frame, rejects = _texts(_pick(raw.with_columns(rows), [*names, ROW]), raw_of)
+                yield Chunk(frame, raw_of, rejects, at.mark(done), tuple(columns))
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path} is not a readable .parquet, .csv or .jsonl file: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _texts(frame: pl.DataFrame, raw_of: Callable[[], pl.DataFrame]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Binary columns as text; rows in which one is none are rejects."""
+    binary = [name for name, dtype in frame.schema.items() if dtype == pl.Binary]
+    if not binary:
+        return frame, no_rejects()
+    cast, lost = convert(frame, dict.fromkeys(binary, pl.String()))
+    texts = frame.with_columns(cast)
+    if not lost:
+        return texts, no_rejects()
+    broken = pl.DataFrame(list(lost.values())).select(pl.any_horizontal(pl.all())).to_series()
+    raw = raw_of().join(texts.filter(broken).select(ROW), on=ROW, how="semi", maintain_order="left")
+    return texts.filter(~broken), rejected(raw, {BROKEN_UTF8: pl.repeat(True, raw.height, eager=True)})
 
 
 def _from_row(file: pq.ParquetFile, columns: list[str], first: int) -> Iterator[pl.DataFrame]:

@@ -8,13 +8,14 @@ training takes those of the catalogue anyway.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import polars as pl
 
@@ -25,9 +26,13 @@ from router_ml.rawfiles import CHUNK_ROWS, REJECT_SCHEMA
 from training.feedback import Rule, rule_of
 from training.importers.batch import Reader, ReadOptions
 from training.importers.kinds import kind_of
-from training.importers.parts import PartWriter
+from training.importers.parts import PartWriter, better_unit
 from training.importers.settle import in_order, take_feedback, take_updates
 from training.importers.state import LogFolder, State, Tally, open_folder, read_json
+
+# Settings that say which rows are read, not how; parameters of a URL that say which tables.
+_BOUNDS = ("since", "until", "overlap_s")
+_WHICH = ("schema", "options", "dbname", "host", "port", "service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +41,10 @@ class ImportSummary:
 
     `log` is of the whole log, its rejects of this import. `added`, `known` (in the log already), `updated`, `skipped`
     (no requests, by why) are rows of this import; `requality` counts rows whose quality changed, `signals` all signals
-    of the log, `unjoined` those of them that found no answer, `unread` those whose value their rule cannot read or that
-    say nothing, `without_rule` those of sources without a rule, by source; `without_card` counts the log's rows of
-    models that the catalogue does not list, by model (None without a catalogue).
+    of the log, `unjoined` those of them that found no answer, `ambiguous` those that could be of several models'
+    answers, `unread` those whose value their rule cannot read or that say nothing, `without_rule` those of sources
+    without a rule, by source; `without_card` counts the log's rows of models that the catalogue does not list, by model
+    (None without a catalogue).
     """
 
     log: LogSummary
@@ -49,6 +55,7 @@ class ImportSummary:
     requality: int
     signals: int
     unjoined: int
+    ambiguous: int
     unread: int
     without_rule: Mapping[str, int]
     without_card: Mapping[str, int] | None
@@ -78,10 +85,15 @@ def import_log(
     chosen = kind_of(kind)
     with open_folder(out) as folder:
         _tell_rules(folder.state, feedback)
-        writer = PartWriter(folder, f"{kind}:{_place(source)}", updates=chosen.updates, part_rows=part_rows, now=now)
+        name = f"{kind}:{_place(source)}"
+        again = _other_settings(folder.state, name, settings or {})
+        writer = PartWriter(
+            folder, name, updates=chosen.updates, part_rows=part_rows, now=now, again=again, live=chosen.live
+        )
         _read(writer, chosen.reader, source, settings or {}, part_rows, progress)
         writer.take_signals(signals)
-        return _finish(folder, catalog, max_reject_share, part_rows)
+        unit = (settings or {}).get("units", {}).get("time")
+        return _finish(folder, catalog, max_reject_share, part_rows, better_unit(writer.odd_us, unit))
 
 
 def import_feedback(
@@ -96,7 +108,7 @@ def import_feedback(
     with open_folder(out) as folder:
         _tell_rules(folder.state, feedback)
         PartWriter(folder, "feedback", updates=False, part_rows=CHUNK_ROWS, now=None).take_signals(signals)
-        return _finish(folder, None, 1.0, CHUNK_ROWS)
+        return _finish(folder, None, 1.0, CHUNK_ROWS, None)
 
 
 def _place(source: str) -> str:
@@ -104,7 +116,22 @@ def _place(source: str) -> str:
     if "://" not in source:
         return str(Path(source).resolve())
     parts = urlsplit(source)
-    return f"{parts.scheme.partition('+')[0]}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # Of the parameters those that say which tables are read.
+    which = [(k, v) for k, v in sorted(parse_qsl(parts.query)) if k in _WHICH and (k, v) != ("schema", "public")]
+    query = f"?{urlencode(which)}" if which else ""
+    return f"{parts.scheme.partition('+')[0]}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
+
+
+def _other_settings(state: State, name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a source is read anew, since its rows in the log were read with other settings; it tells the state."""
+    said = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if v and k not in _BOUNDS}
+    known = state.settings.get(name)
+    if known is None or known["said"] == said:
+        state.settings[name] = known or {"said": said, "again": False}
+        return bool(known and known["again"])
+    state.settings[name] = {"said": said, "again": True}
+    state.cursors.pop(name, None)
+    return True
 
 
 def _tell_rules(state: State, feedback: Sequence[Rule] | None) -> None:
@@ -125,10 +152,12 @@ def _read(
         writer.write(batch)
         if progress is not None:
             progress(writer.read)
-    writer.flush()
+    writer.finish()
 
 
-def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float, part_rows: int) -> ImportSummary:
+def _finish(
+    folder: LogFolder, catalog: Catalog | None, max_reject_share: float, part_rows: int, unit: str | None
+) -> ImportSummary:
     state, run = folder.state, folder.state.run
     seen = run.read - run.skipped.total()
     if run.rejected > max_reject_share * seen:
@@ -136,13 +165,16 @@ def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float,
         kept = keep_rejects(rejects, folder.path)
         said = too_many_rejects(run.rejected, seen, max_reject_share, run.reasons, kept, Counter())
         folder.revert()
+        if unit is not None and 2 * run.reasons["time in the future"] > run.rejected:
+            said += f". Most times are in the future, so their unit is probably another one: give --unit time={unit}"
         raise InputError(said)
     if not state.parts:
         folder.revert()
-        raise InputError(f"no rows to write to {folder.path}: the input is empty")
+        why = "; ".join(f"{count:,} left out: {why}" for why, count in run.skipped.most_common(5))
+        raise InputError(f"no rows to write to {folder.path}: {why or 'the input is empty'}")
     before = read_json(folder.path / "log.json") or {}
-    in_order(folder, part_rows)
     updated = take_updates(folder)
+    in_order(folder, part_rows)
     signals, requality = take_feedback(folder, [rule_of(rule, str(folder.path)) for rule in state.rules])
     rejects = _keep_rejects(folder)
     parts = [{"file": part.file, "rows": part.rows} for part in state.parts]
@@ -185,7 +217,8 @@ def _finish(folder: LogFolder, catalog: Catalog | None, max_reject_share: float,
         skipped=dict(run.skipped.most_common()),
         requality=requality,
         signals=signals.height,
-        unjoined=signals.filter(has_rule & pl.col("q").is_not_null() & ~pl.col("joined")).height,
+        unjoined=signals.filter(has_rule & pl.col("q").is_not_null() & ~pl.col("joined") & ~pl.col("ambiguous")).height,
+        ambiguous=signals.filter("ambiguous").height,
         unread=signals.filter(has_rule & pl.col("q").is_null()).height,
         without_rule=dict(signals.filter(~has_rule)["source"].value_counts(sort=True).iter_rows()),
         without_card=without_card,

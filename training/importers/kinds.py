@@ -15,12 +15,14 @@ class Kind:
     """A kind of source: the module whose `read` reads it, and what it is in words.
 
     With `updates` a row that is read again replaces the one in the log, where it says something else: an outcome that
-    came later; such a source has one row a request. Otherwise the first one stays.
+    came later; such a source has one row a request. Otherwise the first one stays. A `live` source says how things
+    are now; of exports one that was made before may be read after.
     """
 
     module: str
     what: str
     updates: bool = False
+    live: bool = False
 
     @property
     def reader(self) -> Reader:
@@ -35,7 +37,7 @@ KINDS: dict[str, Kind] = {
     "portkey": Kind("portkey", "Portkey's logs export and feedback: JSON lines"),
     "helicone": Kind("helicone", "Helicone's requests: JSON lines, CSV or Parquet", updates=True),
     "table": Kind("table", "a CSV, JSONL or Parquet file with a map of its columns"),
-    "store": Kind("store", "the service's own store: an SQLite file or an SQLAlchemy URL", updates=True),
+    "store": Kind("store", "the service's own store: an SQLite file or an SQLAlchemy URL", updates=True, live=True),
 }
 
 

@@ -171,6 +171,11 @@ def _signals(found: list[tuple[str | None, ...]]) -> pl.DataFrame:
     frame = pl.DataFrame(found, schema=dict.fromkeys(names, pl.String()), orient="row")
     # A value that is no number is a word.
     made = frame.with_columns(
-        time=moment("time", "ns"), value=number("value"), label=pl.coalesce("label", "value"), signal=None, weight=None
+        time=moment("time", "ns"),
+        value=number("value"),
+        label=pl.coalesce("label", "value"),
+        signal=None,
+        weight=None,
+        model=None,
     )
     return made.select(pl.col(name).cast(dtype) for name, dtype in SIGNALS.items())

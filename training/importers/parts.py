@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
@@ -11,36 +11,51 @@ import polars as pl
 from router_ml.log_schema import LOG_SCHEMA, ValidationState, already_in, convert, take_up, validate
 from router_ml.rawfiles import REASON, ROW, rejected
 from training.importers.batch import JOINS, SIGNALS, Batch
-from training.importers.settle import write_part
+from training.importers.settle import WHOLE, withdraw, write_part
 from training.importers.state import LogFolder, Tally
+from training.importers.values import TIME_UNITS
 
 # A part is written when its rows are this many, or their text this long: long prompts must not fill the memory.
 PART_BYTES = 1 << 27
+_YEAR_2000, _DAY = 946_684_800.0, 86_400.0  # s since 1970
 _ANY_ORDER = timedelta(days=365_000).total_seconds()
 Raw = pl.DataFrame | Callable[[], pl.DataFrame] | None  # rows as the source had them, with `ROW`
 _IDS = ("request_id", "model", "propensity")
+HALF = "a last line that is not whole yet: left for the next import"
 
 
 class PartWriter:
     """Takes the batches of one source into a log's parts, and the state along with them.
 
-    With `updates` the rows that the log has already are kept beside it, for `settle.take_updates`.
+    With `updates` the rows that the log has already are kept beside it, for `settle.take_updates`; `again` says that
+    they are read with other settings, so that they replace those of the log whole (but for those of a request that was
+    sent to several models, which cannot be told apart by their ids). Those of a `live` source do as well.
     """
 
-    def __init__(self, folder: LogFolder, name: str, *, updates: bool, part_rows: int, now: datetime | None) -> None:
+    def __init__(
+        self, folder: LogFolder, name: str, *, updates: bool, part_rows: int, now: datetime | None,
+        again: bool = False, live: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.name, self.updates, self.part_rows, self.now = folder, name, updates, part_rows, now
+        self.again, self.whole = again, again or live
+        self._places = _places(folder.state.cursors.get(name))
         self._cursor: Mapping[str, Any] | None = None
         self._rows: list[pl.DataFrame] = []
         self._again: list[pl.DataFrame] = []
         self._signals: list[pl.DataFrame] = []
         self._rejects: list[pl.DataFrame] = []
+        self._done = Tally()
+        # Micros of a time out of the range of times, for a word on its unit.
+        self.odd_us: int | None = None
+        self._know()
+
+    def _know(self) -> None:
         # What the log held when this run began, which may come again, and all of it, of which nothing may.
         self._before, self._ids = ValidationState(), ValidationState()
-        for part in folder.state.parts:
-            ids = pl.read_parquet(folder.path / part.file, columns=list(_IDS))
+        for part in self.folder.state.parts:
+            ids = pl.read_parquet(self.folder.path / part.file, columns=list(_IDS))
             take_up(ids, self._before)
             take_up(ids, self._ids)
-        self._done = Tally()
 
     @property
     def read(self) -> int:
@@ -53,11 +68,20 @@ class PartWriter:
         done.read += frame.height + batch.rejects.height + sum(batch.skipped.values())
         done.skipped.update(batch.skipped)
         self._set_aside(batch.rejects)
+        at = _places(batch.cursor)
+        moved = [(file, place) for file, place in at.items() if place != self._places.get(file)]
+        self._places = at
+        for file, place in moved:
+            self._withdraw(file, place.get("void"))
         if batch.signals.height:
             self._signals.append(convert(batch.signals, SIGNALS)[0])
         if frame.height:
             raw = batch.raw
-            self._take(frame, raw.with_columns(frame[ROW]) if isinstance(raw, pl.DataFrame) else raw)
+            new = self._take(frame, raw.with_columns(frame[ROW]) if isinstance(raw, pl.DataFrame) else raw)
+            for file, tail in ((file, place["tail"]) for file, place in moved if "tail" in place):
+                rows = [list(row) for row in new.select("request_id", "model").iter_rows()]
+                tails = self.folder.state.tails.setdefault(self.name, {})
+                tails[file] = {"sha256": tail["sha256"], "rows": rows}
         self._cursor = batch.cursor
         pending = [*self._rows, *self._again, *self._signals]
         if sum(f.height for f in pending) >= self.part_rows or sum(f.estimated_size() for f in pending) >= PART_BYTES:
@@ -71,7 +95,26 @@ class PartWriter:
                 self.flush()
         self.flush()
 
-    def _take(self, frame: pl.DataFrame, raw: Raw) -> None:
+    def _withdraw(self, file: str, tail: str | None) -> None:
+        """Takes the rows of a last line out of the log that were read while its writer was at it."""
+        tails = self.folder.state.tails.get(self.name, {})
+        if tail is None or tails.get(file, {}).get("sha256") != tail:
+            return
+        if rows := tails.pop(file)["rows"]:
+            self._done.added -= withdraw(self.folder, rows)
+            self._know()
+            for frame in self._rows:
+                take_up(frame.select(_IDS), self._ids)
+
+    def finish(self) -> None:
+        """To be called when all is read: counts the last lines that were left, and makes all safe."""
+        if left := sum("half" in place for place in self._places.values()):
+            self._done.read += left
+            self._done.skipped[HALF] += left
+        self.folder.state.settings.get(self.name, {})["again"] = False
+        self.flush()
+
+    def _take(self, frame: pl.DataFrame, raw: Raw) -> pl.DataFrame:
         ids = convert(frame, {name: LOG_SCHEMA[name] for name in _IDS})[0]
         if self.updates:
             # What is said again later holds: a call that ended meanwhile, in another file of the same export.
@@ -84,13 +127,20 @@ class PartWriter:
         self._done.added += new.height
         if new.height:
             self._rows.append(new)
-        if self.updates and known.any():
-            self._again.append(self._valid(frame.filter(known), raw, ValidationState()))
+        if self.again and not self.updates:
+            known &= ids["propensity"].ne_missing(1.0)
+        if (self.updates or self.again) and known.any():
+            again = self._valid(frame.filter(known), raw, ValidationState())
+            self._again.append(again.with_columns(pl.lit(self.whole).alias(WHOLE)))
+        return new
 
     def _valid(self, frame: pl.DataFrame, raw: Raw, state: ValidationState) -> pl.DataFrame:
         """The good rows with their joins, as `settle.read_part` gives them."""
         # The order of time is made at the end, so here none runs backwards.
         good, rejects = validate(frame, state=state, max_disorder_s=_ANY_ORDER, now=self.now)
+        if self.odd_us is None and rejects.height and isinstance(frame.schema["time"], pl.Datetime):
+            odd = frame.filter(pl.col(ROW).is_in(_in_future(rejects).implode()))["time"].dt.timestamp("us")
+            self.odd_us = None if odd.is_empty() else int(odd.sort()[len(odd) // 2])
         self._set_aside(_as_they_were(rejects, raw))
         kept = frame.filter(~pl.col(ROW).is_in(rejects["row"].implode()))
         joins = convert(kept, JOINS)[0].with_columns(pl.when(pl.col(n) != "").then(pl.col(n)).alias(n) for n in JOINS)
@@ -119,6 +169,26 @@ class PartWriter:
         state.run = state.run.plus(done)
         self._rows, self._again, self._signals, self._rejects, self._done = [], [], [], [], Tally()
         folder.save()
+
+
+def better_unit(micros: int | None, unit: str | None) -> str | None:
+    """The unit, in words, by which a time in the future would be one of these years, where `unit` put it there."""
+    if micros is None or unit not in TIME_UNITS:
+        return None
+    smaller = list(TIME_UNITS)[list(TIME_UNITS).index(unit) + 1 :]
+    now = datetime.now(UTC).timestamp()
+    fits = [name for at, name in enumerate(smaller, 1) if _YEAR_2000 < micros / 1e6 / 1000**at < now + _DAY]
+    return fits[0] if fits else " or ".join(smaller[1:]) or None
+
+
+def _in_future(rejects: pl.DataFrame) -> pl.Series:
+    return rejects.filter(pl.col("reason").str.contains("time in the future", literal=True))["row"]
+
+
+def _places(cursor: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """A source's place in each of its files; that of a lone file has no name."""
+    said = dict(cursor or {})
+    return dict(said["files"]) if "files" in said else {"": said}
 
 
 def _as_they_were(rejects: pl.DataFrame, raw: Raw) -> pl.DataFrame:

@@ -27,6 +27,11 @@ JOINS_SCHEMA = pl.Schema(
     }
 )
 OWN_SOURCE = "row"
+WHOLE = "whole"
+"""A column of updates: the row holds as it is, what it lacks too. Otherwise what an older or a later one has stays."""
+
+
+_MUCH = 2
 
 
 def in_order(folder: LogFolder, part_rows: int) -> None:
@@ -49,8 +54,10 @@ def _overlapping(parts: Sequence[Part], part_rows: int) -> Iterator[list[Part]]:
     group: list[Part] = []
     last: datetime | None = None
     for part in parts:
-        # Small neighbours become one part, so that an import an hour does not make a file an hour.
-        full = sum(p.rows for p in group) + part.rows > part_rows
+        # Small neighbours become one part, so that an import an hour does not make a file an hour; one that is much
+        # larger than its neighbour stays, or every import would write it again.
+        before = sum(p.rows for p in group)
+        full = before + part.rows > part_rows or before > _MUCH * part.rows
         if last is not None and _moment(part.first) >= last and full:
             yield group
             group, last = [], None
@@ -62,7 +69,10 @@ def _overlapping(parts: Sequence[Part], part_rows: int) -> Iterator[list[Part]]:
 
 def _merged(folder: LogFolder, group: Sequence[Part], part_rows: int) -> list[Part]:
     times = pl.concat([pl.read_parquet(folder.path / p.joins, columns=["time"]) for p in group])["time"].sort()
-    cuts = [times[0], *(times[at] for at in range(part_rows, len(times), part_rows)), None]
+    # What is before all that overlaps is cut off where it is most of it: next time it stays as it is.
+    head = int((times < _moment(group[1].first)).sum())
+    start = head if head > _MUCH * (len(times) - head) else 0
+    cuts = [times[0], *(times[at] for at in range(start or part_rows, len(times), part_rows)), None]
     made = []
     for low, high in pairwise(cuts):
         if low == high:
@@ -92,20 +102,45 @@ def write_part(folder: LogFolder, both: pl.DataFrame) -> Part:
     return folder.add_part(both.select(LOG_SCHEMA.names()), both.select(JOINS_SCHEMA.names()))
 
 
+def withdraw(folder: LogFolder, rows: Sequence[Sequence[str]]) -> int:
+    """Takes rows, named by request_id and model, out of the parts; how many there were."""
+    gone = pl.DataFrame([list(row) for row in rows], schema={"request_id": pl.String, "model": pl.String}, orient="row")
+    kept, count = [], 0
+    for part in folder.state.parts:
+        ids = pl.read_parquet(folder.path / part.file, columns=["request_id", "model"])
+        if not (found := ids.join(gone, on=ids.columns, how="semi").height):
+            kept.append(part)
+            continue
+        count += found
+        if found < part.rows:
+            kept.append(write_part(folder, read_part(folder, part).join(gone, on=ids.columns, how="anti",
+                                                                        maintain_order="left")))  # fmt: skip
+    folder.state.parts = kept
+    return count
+
+
 def take_updates(folder: LogFolder) -> int:
-    """Puts rows that were read again in the place of those in the log, where they say something else; how many."""
+    """Puts rows that were read again in the place of those in the log, where they say something else; how many.
+
+    Of two readings that one holds whose call ended later, value by value: what only the other has stays, as an export
+    that was made while a call ran, or before its price was known, may be read after a newer one. A `WHOLE` row holds as
+    it is.
+    """
     state = folder.state
     if not state.updates:
         return 0
-    new = pl.concat([pl.read_parquet(folder.path / name) for name in state.updates])
-    new = new.unique("request_id", keep="last", maintain_order=True)
+    new = pl.concat([pl.read_parquet(folder.path / name) for name in state.updates], how="diagonal")
+    if WHOLE not in new.columns:
+        new = new.with_columns(pl.lit(False).alias(WHOLE))
+    new = new.with_columns(pl.col(WHOLE).fill_null(True))
     changed = 0
     for at, part in enumerate(state.parts):
-        ids = pl.read_parquet(folder.path / part.joins, columns=["request_id"])
-        if not ids["request_id"].is_in(new["request_id"].implode()).any():
+        ids = pl.read_parquet(folder.path / part.joins, columns=["request_id"])["request_id"]
+        about = ids.filter(ids.is_in(new["request_id"].implode()) & ids.is_unique())
+        if about.is_empty():
             continue
         old = read_part(folder, part).with_row_index("_at")
-        mine = old.select("_at", "request_id").join(new, on="request_id", how="inner").select(old.columns)
+        mine = _newest(old.filter(pl.col("request_id").is_in(about.implode())), new)
         # The quality is the feedback's business, which comes after this.
         same = [n for n in old.columns if n not in ("quality", "quality_source")]
         differs = mine.select(same).join(old.select(same), on=same, how="anti", nulls_equal=True)["_at"]
@@ -118,14 +153,32 @@ def take_updates(folder: LogFolder) -> int:
     return changed
 
 
+def _newest(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    """The old rows, one a request, with what the new ones say of them."""
+    at = old.select("request_id", "_at")
+    mine = new.join(at, on="request_id", how="inner", maintain_order="left").select(*old.columns, WHOLE)
+    end = pl.col("time").dt.timestamp("us") + pl.col("latency_ms") * 1000
+    every = pl.concat([old.with_columns(pl.lit(False).alias(WHOLE)), mine])
+    every = every.with_columns(_last_whole=pl.col(WHOLE).any().over("_at")).filter(
+        ~pl.col("_last_whole") | pl.col(WHOLE) & pl.col(WHOLE).is_last_distinct().over("_at")
+    )
+    ordered = every.sort(end, nulls_last=False, maintain_order=True)
+    values = [name for name in old.columns if name != "_at"]
+    found = ordered.group_by("_at", maintain_order=True).agg(pl.col(values).drop_nulls().last())
+    return found.select(old.columns)
+
+
 def signals_of(folder: LogFolder) -> pl.DataFrame:
-    """All signals of a log, each once."""
+    """All signals of a log, each once: of those with one id the newest by its time, of several times the last read."""
     if not folder.state.signals:
         return pl.DataFrame(schema=SIGNALS)
-    signals = pl.concat([pl.read_parquet(folder.path / name) for name in folder.state.signals])
+    files = [pl.read_parquet(folder.path / name) for name in folder.state.signals]
+    signals = pl.concat([pl.DataFrame(schema=SIGNALS), *files], how="diagonal")  # older ones name no model
     content = [name for name in SIGNALS if name != "signal"]
-    by_id = signals.filter(pl.col("signal").is_not_null()).unique(
-        ["source", "signal"], keep="last", maintain_order=True
+    by_id = (
+        signals.filter(pl.col("signal").is_not_null())
+        .sort("time", nulls_last=False, maintain_order=True)
+        .unique(["source", "signal", "model"], keep="last", maintain_order=True)
     )
     by_content = signals.filter(pl.col("signal").is_null()).unique(content, keep="last", maintain_order=True)
     return pl.concat([by_id, by_content])
@@ -134,12 +187,14 @@ def signals_of(folder: LogFolder) -> pl.DataFrame:
 def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFrame, int]:
     """Gives every row the quality that its own and all signals give it under the rules, late ones included.
 
-    Returns the signals with `q`, `w` (`feedback.apply_rules`) and `joined`, whether an answer of the log has it, and
-    how many rows' quality changed. Memory is that of the signals and of the rows that they are about, and of a part.
+    Returns the signals with `q`, `w` (`feedback.apply_rules`), `joined`, whether an answer of the log has it, and
+    `ambiguous`, whether it could be of several models' answers; and how many rows' quality changed. Memory is that of
+    the signals and of the rows that they are about, and of a part.
     """
     state = folder.state
     if not state.signals:
-        return pl.DataFrame(schema={**SIGNALS, "q": pl.Float64(), "w": pl.Float64(), "joined": pl.Boolean()}), 0
+        more = {"q": pl.Float64(), "w": pl.Float64(), "joined": pl.Boolean(), "ambiguous": pl.Boolean()}
+        return pl.DataFrame(schema={**SIGNALS, **more}), 0
     signals = signals_of(folder)
     if len(state.signals) > 1:
         state.signals = [folder.write(signals, "signals")]
@@ -148,6 +203,7 @@ def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFram
     keys = {name: heard[name].drop_nulls().unique().implode() for name in ("request_id", *JOINS)}
     about = [
         pl.read_parquet(folder.path / part.joins)
+        .hstack(pl.read_parquet(folder.path / part.file, columns=["model", "status"]))
         .with_columns(part=pl.lit(at, pl.Int64), at=pl.int_range(pl.len(), dtype=pl.Int64))
         .filter(pl.any_horizontal(pl.col(name).is_in(ids).fill_null(False) for name, ids in keys.items()))
         for at, part in enumerate(state.parts)
@@ -159,10 +215,11 @@ def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFram
         ),
         rules,
     ).select("row", "source", q="value", w=pl.col("w").fill_null(1.0))
-    found, joined = qualities(rows, heard, own.filter(pl.col("q").is_not_null()))
+    found, joined, ambiguous = qualities(rows, heard, own.filter(pl.col("q").is_not_null()))
     found = found.join(rows.select("row", "part", "at"), on="row")
     changed = sum(_requality(folder, at, found.filter(pl.col("part") == at)) for at in range(len(state.parts)))
-    return signals.with_columns(joined=pl.col("_signal").is_in(joined.implode())).drop("_signal"), changed
+    has = {name: pl.col("_signal").is_in(ids.implode()) for name, ids in (("joined", joined), ("ambiguous", ambiguous))}
+    return signals.with_columns(**has).drop("_signal"), changed
 
 
 def _requality(folder: LogFolder, at: int, found: pl.DataFrame) -> int:

@@ -25,9 +25,10 @@ def read_signals(
     """The signals of a file, which has one in every row.
 
     `columns` gives the file's name of a column of `SIGNALS`, where it is another one. Needed are `value` or `label` (a
-    value that is no number is taken for a label) and one of request_id, response_id, trace_id. Without a column
-    `source` all are of `source`, by default the file's name without its ending. `time_unit` as in `values.moment`.
-    Raises InputError for a file without these, and as `read_columns` does.
+    value that is no number is taken for a label) and one of request_id, response_id, trace_id; `model` says whose
+    answer is meant of a request that went to several. Without a column `source` all are of `source`, by default the
+    file's name without its ending. `time_unit` as in `values.moment`. Raises InputError for a file without these, and
+    as `read_columns` does.
     """
     names = {name: (columns or {}).get(name, name) for name in SIGNALS}
     if unknown := sorted(set(columns or {}) - set(SIGNALS)):
@@ -42,7 +43,7 @@ def read_signals(
         word = pl.coalesce(said(names["label"]), said(names["value"]))
         name = said(names["source"]).fill_null(Path(file).stem if source is None else source)
         yield frame.select(
-            *(said(names[key]).alias(key) for key in ("signal", *KEYS)),
+            *(said(names[key]).alias(key) for key in ("signal", *KEYS, "model")),
             moment(names["time"], time_unit).alias("time"),
             name.alias("source"),
             number(names["value"]).alias("value"),

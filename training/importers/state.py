@@ -3,7 +3,8 @@
 Two files of the log directory say what its other files are. `log.json` is what readers see: it is swapped last, when an
 import is whole. `import.json` is the importer's own: it runs ahead, part by part, with the cursor that belongs to them.
 A file that neither names is what an interrupted step left behind; the next import removes it. Files are never changed:
-what has to be different is written under another name.
+what has to be different is written under another name. Parts that a published log named stay for a day after the log
+that names them no more, since who reads it (a training of some hours) opens them one after the other.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +27,8 @@ from router_ml.errors import InputError
 
 STATE, LOG = "import.json", "log.json"
 STATE_FORMAT = 1
+GRACE_S = 24 * 3600.0
+MIN_RETIRED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,10 @@ class Tally:
 class State:
     """All that `import.json` says. `run` counts the import under way.
 
-    `cursors` has each source's by its name; `signals`, `updates` and `rejects` are files that are not in the log yet,
+    `cursors` has each source's by its name; `settings` what it was read with (`said`, and `again` while it is read anew
+    because they are others); `tails` by source and file the rows, (request_id, model), of a last line without newline
+    and its hash (`resume`). `retired` are parts that readers of an earlier log may hold, and since when (s since 1970).
+    `signals`, `updates` and `rejects` are files that are not in the log yet,
     or, for signals, that are to be joined again whenever rows or rules change. `rules` are the feedback's.
     """
 
@@ -68,6 +75,9 @@ class State:
     updates: list[str] = field(default_factory=list)
     rejects: list[str] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    tails: dict[str, dict[str, Any]] = field(default_factory=dict)
+    retired: dict[str, float] = field(default_factory=dict)
     run: Tally = field(default_factory=Tally)
 
     def files(self) -> set[str]:
@@ -88,6 +98,8 @@ class State:
         if said.get("format") != STATE_FORMAT:
             raise ValueError("of another version")
         kept = {name: said[name] for name in ("cursors", "signals", "updates", "rejects", "rules")}
+        # Older states have none of these.
+        kept |= {name: said.get(name, {}) for name in ("settings", "tails", "retired")}
         run = Tally(**said["run"])
         run.reasons, run.skipped = Counter(run.reasons), Counter(run.skipped)
         return cls(parts=[Part(**part) for part in said["parts"]], run=run, **kept)
@@ -113,12 +125,29 @@ class LogFolder:
             kept = State.from_json(committed["import"]) if committed is not None else State()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path / STATE} is not readable ({error}): import into another --out") from None
-        named = self.state.files() | kept.files()
+        held = self._held([kept.retired, self.state.retired])
+        self.state.retired = held
+        named = self.state.files() | kept.files() | held.keys()
         for file in path.iterdir():
             if file.suffix in (".parquet", ".tmp") and file.name not in named | {"rejects.parquet"}:
                 file.unlink()
         if lost := sorted(name for name in self.state.files() if not (path / name).is_file()):
             raise InputError(f"{path} is incomplete: {lost[0]} is missing; import again into another --out")
+
+    def _held(self, retired: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The retired parts that stay: for GRACE_S, the oldest less where all take more than twice the log's disk."""
+        since = {name: at for one in retired for name, at in one.items() if (self.path / name).is_file()}
+        now = [part.file for part in self.state.parts if (self.path / part.file).is_file()]
+        room = max(MIN_RETIRED_BYTES, 2 * sum(self._size(name) for name in now))
+        held = {}
+        for name, at in sorted(since.items(), key=lambda pair: -pair[1]):
+            room -= self._size(name)
+            if time.time() - at < GRACE_S and room >= 0:
+                held[name] = at
+        return held
+
+    def _size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
 
     def write(self, frame: pl.DataFrame, kind: str) -> str:
         """Writes a file that nothing names yet, and returns its name."""
@@ -148,6 +177,11 @@ class LogFolder:
 
     def publish(self, info: dict[str, Any]) -> None:
         """Makes the log what readers see, and then forgets what was under way."""
+        before = read_json(self.path / LOG)
+        names = {part.file for part in self.state.parts}
+        dropped = {part["file"] for part in (before or {}).get("parts", [])} - names
+        self.state.retired = {name: at for name, at in self.state.retired.items() if name not in names}
+        self.state.retired |= dict.fromkeys(sorted(dropped), time.time())
         self._swap(LOG, {**info, "import": self.state.to_json()})
         self.save()
 

@@ -74,7 +74,7 @@ def _column(name: str, column: str, unit: str | None) -> pl.Expr:
 
 
 def _signals(chunk: Chunk, rows: pl.DataFrame, signals: Mapping[str, str]) -> pl.DataFrame:
-    ids = rows.select(pl.col("request_id").cast(pl.String))["request_id"]
+    ids, models = (rows.select(pl.col(name).cast(pl.String))[name] for name in ("request_id", "model"))
     frames = []
     for source, column in signals.items():
         text = chunk.frame.select(said(column)).to_series()
@@ -82,6 +82,7 @@ def _signals(chunk: Chunk, rows: pl.DataFrame, signals: Mapping[str, str]) -> pl
             pl.DataFrame(
                 {
                     "request_id": ids,
+                    "model": models,
                     "signal": ids,
                     "source": [source] * len(ids),
                     "value": text.cast(pl.Float64, strict=False),

@@ -72,7 +72,10 @@ def moment(column: str, unit: str | None = None) -> pl.Expr:
     text = pl.col(column).cast(pl.String).str.strip_chars()
     # Whole numbers first: a float has not the digits for nanoseconds.
     whole = text.cast(pl.Int64, strict=False)
-    micros = (whole * (1_000_000 // TIME_UNITS[unit])) if TIME_UNITS[unit] <= 1_000_000 else whole.floordiv(1_000)
+    each = 1_000_000 // TIME_UNITS[unit]
+    # Cut off, not wrapped around to some other time, where the unit is not the numbers' own.
+    most = (2**63 - 1) // max(each, 1)
+    micros = whole.clip(-most, most) * each if each else whole.floordiv(1_000)
     broken = (text.cast(pl.Float64, strict=False) * (1_000_000 / TIME_UNITS[unit])).round().cast(pl.Int64, strict=False)
     return pl.coalesce(micros, broken).cast(LOG_SCHEMA["time"])
 
