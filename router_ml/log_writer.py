@@ -27,13 +27,16 @@ LOG_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class LogSummary:
-    """What a finished log holds: row counts, rejects by reason, content hash, first and last time."""
+    """What a finished log holds: row counts, rejects by reason, content hash, first and last time.
+
+    A log that grows has no hash (None): each import would read all of it again. `logs.log_sha256` tells it.
+    """
 
     path: Path
     rows: int
     rejected: int
     reject_reasons: Mapping[str, int]
-    sha256: str
+    sha256: str | None
     first: datetime | None
     last: datetime | None
 

@@ -52,11 +52,12 @@ def read_rows(path: Path, at: Place, *, chunk_rows: int, block_bytes: int) -> It
         return
     cursor = at.mark(row, at.end)
     text = tail.decode("utf-8", "surrogateescape")
-    records = [record for record in csv.reader(io.StringIO(text, newline="")) if record]
+    records: list[list[str]] = []
     try:
         text.encode()
-        whole = len(records) == 1 and len(records[0]) == len(header) and text.count('"') % 2 == 0
-    except UnicodeEncodeError:
+        records = [record for record in csv.reader(io.StringIO(text, newline=""), strict=True) if record]
+        whole = len(records) == 1 and len(records[0]) == len(header)
+    except (UnicodeEncodeError, csv.Error):
         whole = False
     cells = records[0] if whole else []
     raw = pl.DataFrame({n: [v or None] for n, v in zip(header, cells, strict=True)} if whole else None,

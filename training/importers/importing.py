@@ -21,7 +21,7 @@ import polars as pl
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.log_writer import LOG_FORMAT, LogHash, LogSummary, keep_rejects, too_many_rejects
+from router_ml.log_writer import LOG_FORMAT, LogSummary, keep_rejects, too_many_rejects
 from router_ml.rawfiles import CHUNK_ROWS, REJECT_SCHEMA
 from training.feedback import Rule, rule_of
 from training.importers.batch import Reader, ReadOptions
@@ -178,7 +178,6 @@ def _finish(
     signals, requality = take_feedback(folder, [rule_of(rule, str(folder.path)) for rule in state.rules])
     rejects = _keep_rejects(folder)
     parts = [{"file": part.file, "rows": part.rows} for part in state.parts]
-    sha256 = before["sha256"] if before.get("parts") == parts else _hash(folder)
     cards = catalog.to_json() if catalog is not None else before.get("catalog")
     without_card = _without_card(folder, Catalog.from_json(cards)) if cards is not None else None
     state.run = Tally()
@@ -190,7 +189,7 @@ def _finish(
         rows=sum(part.rows for part in state.parts),
         rejected=run.rejected,
         reject_reasons=dict(run.reasons.most_common()),
-        sha256=sha256,
+        sha256=None,
         first=first,
         last=last,
     )
@@ -202,7 +201,7 @@ def _finish(
         "logging": None,
         "first": first.isoformat(),
         "last": last.isoformat(),
-        "sha256": sha256,
+        "sha256": None,
         "parts": parts,
         "catalog": cards,
         "meta": {"sources": sorted(state.cursors), "without_card": without_card},
@@ -237,13 +236,6 @@ def _keep_rejects(folder: LogFolder) -> pl.DataFrame:
     folder.write_as(rejects, kept.name)
     folder.state.rejects = []
     return rejects
-
-
-def _hash(folder: LogFolder) -> str:
-    digest = LogHash()
-    for part in folder.state.parts:
-        digest.update(pl.read_parquet(folder.path / part.file))
-    return digest.hexdigest()
 
 
 def _without_card(folder: LogFolder, catalog: Catalog) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -45,17 +46,23 @@ class PartWriter:
         self._signals: list[pl.DataFrame] = []
         self._rejects: list[pl.DataFrame] = []
         self._done = Tally()
+        self._is_tail = False
         # Micros of a time out of the range of times, for a word on its unit.
         self.odd_us: int | None = None
-        self._know()
-
-    def _know(self) -> None:
         # What the log held when this run began, which may come again, and all of it, of which nothing may.
-        self._before, self._ids = ValidationState(), ValidationState()
-        for part in self.folder.state.parts:
-            ids = pl.read_parquet(self.folder.path / part.file, columns=list(_IDS))
-            take_up(ids, self._before)
-            take_up(ids, self._ids)
+        self._known: tuple[ValidationState, ValidationState] | None = None
+
+    def _know(self) -> tuple[ValidationState, ValidationState]:
+        """Reads the log's ids where that was not done: most looks at a source find nothing new."""
+        if self._known is None:
+            before = ValidationState()
+            for part in self.folder.state.parts:
+                take_up(pl.read_parquet(self.folder.path / part.file, columns=list(_IDS)), before)
+            every = copy.deepcopy(before)
+            for frame in self._rows:
+                take_up(frame.select(_IDS), every)
+            self._known = before, every
+        return self._known
 
     @property
     def read(self) -> int:
@@ -77,11 +84,13 @@ class PartWriter:
             self._signals.append(convert(batch.signals, SIGNALS)[0])
         if frame.height:
             raw = batch.raw
+            tails = [(file, place["tail"]) for file, place in moved if "tail" in place]
+            self._is_tail = bool(tails)
             new = self._take(frame, raw.with_columns(frame[ROW]) if isinstance(raw, pl.DataFrame) else raw)
-            for file, tail in ((file, place["tail"]) for file, place in moved if "tail" in place):
+            self._is_tail = False
+            for file, tail in tails:
                 rows = [list(row) for row in new.select("request_id", "model").iter_rows()]
-                tails = self.folder.state.tails.setdefault(self.name, {})
-                tails[file] = {"sha256": tail["sha256"], "rows": rows}
+                self.folder.state.tails.setdefault(self.name, {})[file] = {"sha256": tail["sha256"], "rows": rows}
         self._cursor = batch.cursor
         pending = [*self._rows, *self._again, *self._signals]
         if sum(f.height for f in pending) >= self.part_rows or sum(f.estimated_size() for f in pending) >= PART_BYTES:
@@ -102,9 +111,7 @@ class PartWriter:
             return
         if rows := tails.pop(file)["rows"]:
             self._done.added -= withdraw(self.folder, rows)
-            self._know()
-            for frame in self._rows:
-                take_up(frame.select(_IDS), self._ids)
+            self._known = None
 
     def finish(self) -> None:
         """To be called when all is read: counts the last lines that were left, and makes all safe."""
@@ -121,9 +128,10 @@ class PartWriter:
             last = ids["request_id"].is_null() | ids["request_id"].is_last_distinct()
             self._done.known += int((~last).sum())
             frame, ids = frame.filter(last), ids.filter(last)
-        known = already_in(ids, self._ids if self.updates else self._before, one_a_request=self.updates)
+        before, every = self._know()
+        known = already_in(ids, every if self.updates else before, one_a_request=self.updates or self.again)
         self._done.known += int(known.sum())
-        new = self._valid(frame.filter(~known), raw, self._ids)
+        new = self._valid(frame.filter(~known), raw, every)
         self._done.added += new.height
         if new.height:
             self._rows.append(new)
@@ -141,7 +149,11 @@ class PartWriter:
         if self.odd_us is None and rejects.height and isinstance(frame.schema["time"], pl.Datetime):
             odd = frame.filter(pl.col(ROW).is_in(_in_future(rejects).implode()))["time"].dt.timestamp("us")
             self.odd_us = None if odd.is_empty() else int(odd.sort()[len(odd) // 2])
-        self._set_aside(_as_they_were(rejects, raw))
+        if self._is_tail:
+            # Half a row, as it seems, which is read again when there is more of it.
+            self._done.skipped.update({HALF: rejects.height} if rejects.height else {})
+        else:
+            self._set_aside(_as_they_were(rejects, raw))
         kept = frame.filter(~pl.col(ROW).is_in(rejects["row"].implode()))
         joins = convert(kept, JOINS)[0].with_columns(pl.when(pl.col(n) != "").then(pl.col(n)).alias(n) for n in JOINS)
         return good.hstack(joins).with_columns(own_quality="quality", own_source="quality_source")

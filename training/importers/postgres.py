@@ -170,14 +170,16 @@ class _Pages:
             "copy (select {names} from {place} where {where} order by {by} limit {rows}) to stdout "
             "(format csv, header true)"
         ).format(names=self.names, place=self.place, where=sql.SQL(" and ").join(where), by=by, rows=sql.Literal(rows))
-        blocks, size = [], 0
+        blocks: list[bytes] = []
+        size = 0
         with self.db.cursor() as reader, reader.copy(query) as copied:
-            for block in copied:
-                blocks.append(bytes(block))
+            for block in copied:  # to its end: a cancelled query could take the next one with it
                 size += len(block)
                 if size > 4 * PAGE_BYTES and rows > 1:
-                    return None
-        return b"".join(blocks)
+                    blocks.clear()
+                else:
+                    blocks.append(bytes(block))
+        return None if size > 4 * PAGE_BYTES and rows > 1 else b"".join(blocks)
 
 
 def _numbered(raw: pl.DataFrame, rows: pl.Series) -> Callable[[], pl.DataFrame]:
