@@ -5,6 +5,7 @@ Numbers and times come as text, nested JSON as its JSON text, so that whoever ma
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
