@@ -144,6 +144,14 @@ def test_rows_over_lines_and_quotes_that_open_nothing(
     assert again(put(file, [header, *rows, *odd, odd[0].replace("d0", "d7").rstrip()]), out).added == 1
     log = read_log(out)
     assert log.height == 28 and log["prompt"][0] == 'one\n"two", 0\n' and log["prompt"][-1] == 'a 5" pipe'
+    # A row that is whole but for its newline has one in a field; the next one is half after a quote that opens nothing.
+    whole = log["prompt"].to_list()
+    over = 'd8,2026-02-01T12:09:00Z,m,"x\n 5"" "'
+    assert again(put(file, [header, *rows, *odd, odd[0].replace("d0", "d7"), over]), out).added == 1
+    assert (
+        again(put(file, [header, *rows, *odd, odd[0].replace("d0", "d7"), over + "\n", rows[0][:40]]), out).added == 0
+    )
+    assert read_log(out)["prompt"].to_list() == [*whole, 'x\n 5" ']
     monkeypatch.setattr(resume, "_LONGEST", 1000)
     never = [f"e{i},2026-02-01T13:00:{i:02d}Z,m,x\n" for i in range(60)]
     with pytest.raises(InputError, match=r"a quote that opens behind byte .* is never closed"):

@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,8 @@ from router_ml.errors import InputError
 _BLOCK = 1 << 20
 # A row that is being written is not longer: behind a quote that is open for longer all rows would wait for ever.
 _LONGEST = 1 << 23
+_AHEAD = tuple(b',\n\r"\xbf')  # what may be in front of a quote that opens; the last ends a byte order mark
+_BEHIND = "\0\0behind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +134,18 @@ def _end_of_lines(file: BinaryIO, start: int, size: int) -> int:
 
 def _end_of_rows(path: Path, file: BinaryIO, start: int, size: int) -> int:
     """Behind the last row of CSV that has its newline: one that no quote is open at."""
-    parities, parity = [], 0
+    parities, parity, before = [], 0, ord("\n")
     file.seek(start)
     for low in range(start, size, _BLOCK):
+        data = np.frombuffer(file.read(min(_BLOCK, size - low)), np.uint8)
         parities.append((low, parity))
-        parity ^= file.read(min(_BLOCK, size - low)).count(b'"') & 1
+        quotes = np.flatnonzero(data == ord('"'))
+        opening = quotes[parity::2]
+        ahead = np.where(opening > 0, data[opening - 1], before)
+        if not np.isin(ahead, _AHEAD).all():
+            # A quote stands within a field that has none around it, and opens nothing: counting them tells no more.
+            return _end_by_rows(path, start, size)
+        parity, before = (parity + len(quotes)) % 2, int(data[-1])
     last, end = None, None
     for low, parity in reversed(parities):
         data = np.frombuffer(_slice(file, low, min(low + _BLOCK, size)), np.uint8)
@@ -152,25 +161,35 @@ def _end_of_rows(path: Path, file: BinaryIO, start: int, size: int) -> int:
         # Rows may end in \r alone, as an old Mac's do.
         return size if start == 0 and b"\r" in _slice(file, 0, min(size, _BLOCK)) else start
     end = start if end is None else end
-    # An odd quote may stand within a field that has none around it: then it opens nothing.
-    return end if end == last or _opens(path, end, size) else last
+    return end if end == last else _end_by_rows(path, end, size)
 
 
-def _opens(path: Path, start: int, size: int) -> bool:
-    """Whether a quote that opens behind `start` is still open at the end."""
+def _end_by_rows(path: Path, start: int, size: int) -> int:
+    """The same by reading row by row, as the reader of CSV does."""
     csv.field_size_limit(max(csv.field_size_limit(), size - start + 1))
-    try:
-        for _ in csv.reader(text_of(Span(path, b"", start, size)), strict=True):
-            pass
-    except csv.Error as error:
-        if "end of data" not in str(error):
-            return False
-        if size - start > _LONGEST:
-            raise InputError(
-                f"{path}: a quote that opens behind byte {start} is never closed: close it, or leave that row out"
-            ) from None
-        return True
-    return False
+    at = end = start
+    closed = True
+
+    def lines() -> Iterator[str]:
+        nonlocal at, closed
+        with io.BufferedReader(Span(path, b"", start, size), _BLOCK) as file:
+            for line in file:
+                at, closed = at + len(line), line.endswith(b"\n")
+                yield line.decode("utf-8", "surrogateescape")
+        yield _BEHIND
+
+    for row in csv.reader(lines()):
+        if row and row[-1].endswith(_BEHIND):
+            # What is behind all lines is a row of its own, unless a quote is open.
+            if len(row) == 1 and row[0] == _BEHIND:
+                break
+            if size - end > _LONGEST:
+                raise InputError(
+                    f"{path}: a quote that opens behind byte {end} is never closed: close it, or leave that row out"
+                )
+        elif closed:
+            end = at
+    return end
 
 
 class Span(io.RawIOBase):
