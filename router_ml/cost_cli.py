@@ -29,13 +29,14 @@ LOGS = click.option("--logs", type=click.Path(exists=True, path_type=Path), help
 @click.option("--against", "others", multiple=True, required=True, help="A model of the catalogue to compare with.")
 @LOGS
 @click.option("--scale", default=1.0, show_default=True, help="The log's traffic times this: a sample stands for more.")
+@click.option("--peak-to-mean", type=float, help="How much an hour's busiest minutes are above its mean (--logs).")
 @click.option("--model", help="The catalogue's model that is hosted; its card gets the effective prices in --out.")
 @click.option("--out", type=PathArg, help="Where to write the catalogue with them.")
 @click.option("--plot", type=PathArg, help="Write the hours as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def selfhost(
-    file: Path, catalog: Path, others: tuple[str, ...], logs: Path | None, scale: float, model: str | None,
-    out: Path | None, plot: Path | None, as_json: bool,
+    file: Path, catalog: Path, others: tuple[str, ...], logs: Path | None, scale: float,
+    peak_to_mean: float | None, model: str | None, out: Path | None, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Say what hosting a model costs a month and a token, and from which volume on it pays.
 
@@ -57,23 +58,30 @@ def selfhost(
     table = toml_tables(file, {"deployment", "traffic"})
     if (logs is None) == ("traffic" not in table):
         raise InputError(f"the traffic comes from a table [traffic] in {file} or from --logs: give one of the two")
+    if peak_to_mean is not None and logs is None:
+        raise InputError(f"--peak-to-mean is for --logs: write peak_to_mean into the table [traffic] of {file}")
     cards = Catalog.load(catalog)
     for name in (*others, *([model] if model else [])):
         if name not in cards:
             raise InputError(f"{catalog} has no model {name!r}: it has {', '.join(cards.ids)}")
-    traffic = Traffic.of_log(read_log(logs), scale=scale) if logs else Traffic.from_table(table["traffic"])
+    if logs is None:
+        traffic = Traffic.from_table(table["traffic"])
+    else:
+        traffic = Traffic.of_log(read_log(logs), scale=scale, peak_to_mean=peak_to_mean)
     hosting: Hosting = host(Deployment.from_table(table.get("deployment")), traffic)
     compared = [against(hosting, cards[name]) for name in others]
     if as_json:
         names = ("usd_per_month", "gpu_usd", "input_usd_per_mtok", "output_usd_per_mtok", "utilisation", "overflow")
         said: dict[str, Any] = {name: getattr(hosting, name) for name in names}
+        said |= {"peak_to_mean": traffic.peak_to_mean, "note": traffic.note}
         said |= {"mtok_per_month": traffic.mtok_per_month, "replicas": float(hosting.replicas.max())}
         click.echo(json.dumps(said | {"against": [asdict(one) | {"pays": one.pays} for one in compared]}, indent=1))
     else:
-        click.echo(f"traffic: {traffic.mtok_per_month:,.0f} million tokens a month {traffic.note}".rstrip())
+        click.echo(f"traffic: {traffic.mtok_per_month:,.0f} million tokens a month; {traffic.note}".rstrip("; "))
         click.echo(
             f"hosting: {hosting.usd_per_month:,.0f} USD a month ({hosting.gpu_usd:,.0f} for GPUs), up to "
-            f"{hosting.replicas.max():.0f} replicas, {hosting.utilisation:.0%} of what is paid for is used"
+            f"{hosting.replicas.max():.0f} replicas, {hosting.utilisation:.0%} of what is paid for is used; the "
+            f"busiest minutes may take {hosting.deployment.max_utilisation:.0%} of a replica"
         )
         click.echo(
             f"effective prices: {hosting.input_usd_per_mtok:.4g} USD a million tokens of input, "

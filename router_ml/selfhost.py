@@ -2,6 +2,13 @@
 
 A replica's work is additive: so many input tokens and so many output tokens of its time at the rates that it reaches
 within the target latency. The traffic is a series of hours that repeats itself; a month has 730 hours.
+
+Such a rate is measured under an even load, by clients that wait for their answers. Requests that come on their own
+clump, and at that rate their queue has no end (M/M/c; Kingman: the wait grows with u / (1 - u)). So no more than
+`max_utilisation` of the rates is planned for: with 32 places in a replica's batch one request in six has to wait at
+0.8, two in three at 0.95 (Erlang C). `Traffic.peak_to_mean` is something else, the bursts that are more than such
+chance. Rates that were measured under independent arrivals have the wait in them, and batch work may wait:
+`max_utilisation = 1`.
 """
 
 from __future__ import annotations
@@ -30,6 +37,8 @@ _SCALES = np.geomspace(1e-4, 1e4, 1842)  # volumes tried for the break-even, 1 %
 class Deployment:
     """A model on GPUs of one's own. Rates are tokens a second of one replica at the target latency.
 
+    The busiest minutes may take `max_utilisation` of them (see above); what is past that counts as overflow.
+
     At least `min_replicas` run, for redundancy, and at most `max_replicas` (None: as many as it takes). Without
     `autoscaling` as many run as the busiest hour needs; with it as many as each hour needs, and each replica that is
     started is paid for `start_hours` before it serves. Of them `existing_replicas` are on a cluster that is there
@@ -48,6 +57,7 @@ class Deployment:
     start_hours: float = 0.25
     existing_replicas: int = 0
     usd_per_existing_gpu_hour: float = 0.0
+    max_utilisation: float = 0.8
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_replica", "input_tokens_per_second", "output_tokens_per_second"):
@@ -56,6 +66,8 @@ class Deployment:
         for name in ("usd_per_gpu_hour", "ops_usd_per_month", "start_hours", "usd_per_existing_gpu_hour"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"a deployment's {name} has to be a number of 0 or more")
+        if not 0.0 < self.max_utilisation <= 1.0:
+            raise InputError("a deployment's max_utilisation is a share of its rates: a number above 0, at most 1")
         most = math.inf if self.max_replicas is None else self.max_replicas
         if not 0 <= self.min_replicas <= most or most < 1 or self.existing_replicas < 0:
             raise InputError("a deployment needs 0 <= min_replicas <= max_replicas and existing_replicas of 0 or more")
@@ -265,9 +277,9 @@ class Against:
 
 
 def against(hosting: Hosting, card: ModelCard) -> Against:
-    """Self-hosting beside the model of a card, at the card's ordinary prices."""
+    """Self-hosting beside the model of a card, at the card's prices for this traffic (`Traffic.prices_of`)."""
     deployment, traffic = hosting.deployment, hosting.traffic
-    other = traffic.usd_per_month(card.input_usd_per_mtok, card.output_usd_per_mtok)
+    other = traffic.usd_per_month(*traffic.prices_of(card))
     totals = _totals(deployment, traffic, other, _SCALES)
     cheaper = totals <= other * _SCALES
     begins = np.flatnonzero(cheaper)[:1]
@@ -290,12 +302,13 @@ def _totals(deployment: Deployment, traffic: Traffic, other_usd: float, scales: 
 
 def _sized(deployment: Deployment, traffic: Traffic, work: Array) -> tuple[Array, Array]:
     """(replicas that run, work that they do) in each hour of `work`, replicas' worth [..., n]."""
-    need = np.ceil(work * traffic.peak_to_mean - 1e-9)
+    above = traffic.peak_to_mean / deployment.max_utilisation
+    need = np.ceil(work * above - 1e-9)
     most = math.inf if deployment.max_replicas is None else deployment.max_replicas
     running = np.clip(need, deployment.min_replicas, most)
     if not deployment.autoscaling:
         running = np.broadcast_to(running.max(axis=-1, keepdims=True), work.shape)
-    return running, np.minimum(work, running / traffic.peak_to_mean)
+    return running, np.minimum(work, running / above)
 
 
 def _idle(deployment: Deployment, running: Array, busy: Array) -> Array:
