@@ -150,7 +150,7 @@ class Traffic:
         cls, seconds: Array, tokens: Array, first: int, hours: int, *, scale: float = 1.0,
         peak_to_mean: float | None = None,
     ) -> Traffic:  # fmt: skip
-        """Traffic of which these requests are a part of 1 / `scale`, in `hours` hours from hour `first` (since 1970) on.
+        """Traffic of which these requests are a part of 1 / `scale`, in `hours` hours from hour `first` (of 1970) on.
 
         `seconds` (since 1970) is float64 [n], `tokens` (input, output) float64 [n, 2]. With a scale above 1 hours that
         differ as those of such a sample do are taken to be alike (`without_chance`). The peak within the hours is

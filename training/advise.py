@@ -7,27 +7,20 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from threadpoolctl import threadpool_limits
 
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
-from router_ml.intervals import bootstrap_interval
 from router_ml.selfhost import Deployment, against, host
 from training.advice import Advice, Advised, Keeps, Option, SelfHosted, Status, Verdict
-from training.barred import Bars, Declared, bars_of
-from training.estimators import Parts, row_values
+from training.barred import Declared, bars_of
 from training.experiment import cost_column, plan_experiment
-from training.logged import Logged, logged_of, one_row_a_request
-from training.ope import FittedModels, fit_models
+from training.logged import logged_of, one_row_a_request
+from training.moves import Moves, told
+from training.ope import fit_models
 from training.policy_value import Estimate
 from training.segments import Segment, segments_of, texts_of
-from training.support import CERTAIN, FEW_ESS, support_of, why_not_identifiable
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 HIGH_VOLUME = 10_000.0
 """Requests a month from which tuning a model of one's own is worth the trouble."""
@@ -35,7 +28,6 @@ NEARLY = 0.1
 """How far below the needed quality a model may be that tuning is thought to bring there."""
 _OPEN = ("hosted-open", "self-hosted-open")
 _METRICS = ("quality", "cost_usd")
-_DRAWS = 20_000_000
 
 
 def advise(
@@ -99,13 +91,13 @@ def advise(
     models = {}
     with threadpool_limits(limits=1, user_api="blas"):
         for metric in _METRICS:
-            if not _told(logged, metric).any():
+            if not told(logged, metric).any():
                 notes.append(f"no request has a {metric}: nothing can be said of it")
                 continue
             features = None if texts is None else texts.embedding
             ratio = feedback_ratio if metric == "quality" else 1.0
             models[metric] = fit_models(logged, metric, 5, seed, features, None, ratio)
-    found = [_Look(rows, logged, bars, models, segment) for segment in segments]
+    found = [Moves(rows, logged, bars, models, segment) for segment in segments]
     intervals = sum(len(look.columns) for look in found)
     each = (1.0 - confidence) / max(intervals, 1)
     needs = _Needs(min_quality, margin, deployment, hosted, confidence, scale)
@@ -124,74 +116,7 @@ class _Needs:
     scale: float
 
 
-class _Look:
-    """One segment: what each model may be estimated on, and the values a row whose means are the estimates."""
-
-    def __init__(
-        self, log: pl.DataFrame, logged: Logged, bars: Bars, models: dict[str, FittedModels], segment: Segment
-    ) -> None:
-        self.segment, self.bars, self.catalog = segment, bars, logged.catalog
-        self.rows = log[segment.rows]
-        self.logged = logged.take(segment.rows)
-        self.may = bars.may[segment.rows]
-        self.drawn: BoolArray = self.logged.propensity < CERTAIN  # NaN is not
-        self.why: list[str] = []
-        self.moved = np.zeros_like(self.may)
-        self.columns: dict[tuple[str, int], Array] = {}
-        at, a = segment.rows, self.logged.action
-        for metric, fitted in models.items():
-            outcome, known, q = np.nan_to_num(self.logged.metrics[metric]), fitted.known[at], fitted.q[at]
-            own = np.eye(len(self.catalog))[a]
-            self.columns[metric, -1] = row_values("dr", Parts(own, a, np.ones(len(a)), outcome, known, q), 0.0)
-        for j in range(len(self.catalog)):
-            self.moved[:, j] = self.may[:, j] & self.drawn & next(iter(models.values())).can[at, j] if models else False
-            self.why.append(self._unknown(j))
-            if self.why[j] or self.may[:, j].mean() < 0.5:
-                continue
-            for metric, fitted in models.items():
-                target = np.where(self.moved[:, [j]], np.eye(len(self.catalog))[j], own)
-                weight = self.moved[:, j] * ((a == j) / self.logged.propensity - 1.0)
-                outcome, known, q = np.nan_to_num(self.logged.metrics[metric]), fitted.known[at], fitted.q[at]
-                change = row_values("dr", Parts(target - own, a, np.nan_to_num(weight), outcome, known, q), 0.0)
-                self.columns[f"{metric} change", j] = change
-                self.columns[metric, j] = self.columns[metric, -1] + change
-
-    def _unknown(self, j: int) -> str:
-        """Why the log does not identify what model j would do here; empty where it does."""
-        moved, may = self.moved[:, j], self.may[:, j]
-        if moved.sum() < 0.5 * max(may.sum(), 1):
-            return f"the log drew the model of {moved.sum() / max(may.sum(), 1):.0%} of the requests that may go to it"
-        logged = self.logged.take(moved)
-        target = np.zeros((len(logged), len(self.catalog)))
-        target[:, j] = 1.0
-        weight = (logged.action == j) / logged.propensity
-        seen = _told(logged, "quality")
-        support = support_of(weight, target, np.zeros(len(logged)), np.zeros(len(logged)))
-        if why := why_not_identifiable(support, 1.0, weight, target, weight, seen, logged.cluster):
-            return why
-        ess = float(weight[seen].sum()) ** 2 / float(np.square(weight[seen]).sum())
-        if ess < FEW_ESS:
-            return f"{ess:.0f} effective rows with a quality agree with it, and {FEW_ESS:g} are needed"
-        return ""
-
-    def estimates(self, each: float, seed: int) -> dict[tuple[str, int], Estimate]:
-        """All of the segment's estimates, each interval missing its value with a probability of `each`.
-
-        Sessions are put into random groups for the bootstrap, as independent as they are: tails this far out take many
-        replicates.
-        """
-        if not self.columns:
-            return {}
-        _, code = np.unique(self.logged.cluster, return_inverse=True)
-        groups = int(np.clip(_DRAWS * each / 20.0, 200, 1000))
-        if code.max() >= groups:
-            code = (np.random.default_rng(seed).permutation(int(code.max()) + 1) % groups)[code]
-        found = bootstrap_interval(np.stack(list(self.columns.values()), 1), code, confidence=1.0 - each, seed=seed)
-        values = (Estimate(*map(float, one)) for one in zip(*found, strict=True))
-        return dict(zip(self.columns, values, strict=True))
-
-
-def _advised(look: _Look, found: dict[tuple[str, int], Estimate], needs: _Needs) -> Advised:
+def _advised(look: Moves, found: dict[tuple[str, int], Estimate], needs: _Needs) -> Advised:
     segment = look.segment
     a_month = segment.requests_per_month
     today, cost = found.get(("quality", -1)), found.get(("cost_usd", -1))
@@ -239,7 +164,7 @@ def _cases(
 
 
 def _option(
-    look: _Look, found: dict[tuple[str, int], Estimate], j: int, spend: Estimate | None, needed: float | None,
+    look: Moves, found: dict[tuple[str, int], Estimate], j: int, spend: Estimate | None, needed: float | None,
     needs: _Needs,
 ) -> Option:  # fmt: skip
     card, a_month = look.catalog.cards[j], look.segment.requests_per_month
@@ -262,7 +187,7 @@ def _option(
 
 
 def _judged(
-    look: _Look, j: int, may: float, quality: Estimate | None, change: Estimate | None, needed: float | None,
+    look: Moves, j: int, may: float, quality: Estimate | None, change: Estimate | None, needed: float | None,
     needs: _Needs,
 ) -> tuple[Status, Keeps, str]:  # fmt: skip
     if may < 0.5:
@@ -282,16 +207,11 @@ def _judged(
     return "undecided", "missing evidence" if tested.value >= least else "quality", said
 
 
-def _told(logged: Logged, metric: str) -> BoolArray:
-    """Rows that tell of an answer, [n]: that a failed call is known to be worth nothing tells of none."""
-    return ~(np.isnan(logged.metrics[metric]) | logged.certain.get(metric, np.zeros(len(logged), dtype=bool)))
-
-
 def _times(found: Estimate, factor: float) -> Estimate:
     return Estimate(*(value * factor for value in found))
 
 
-def _tuned(look: _Look, more: list[Option], needed: float | None) -> Option | None:
+def _tuned(look: Moves, more: list[Option], needed: float | None) -> Option | None:
     """The open model that is nearly good enough on traffic that a model could be tuned for."""
     of = look.segment
     if not (of.narrow and of.repetitive and of.requests_per_month >= HIGH_VOLUME) or needed is None:
@@ -304,7 +224,7 @@ def _tuned(look: _Look, more: list[Option], needed: float | None) -> Option | No
     return max(near, key=lambda o: o.hoped_usd, default=None)
 
 
-def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Option:
+def _priced(look: Moves, option: Option, today: list[str], needs: _Needs) -> Option:
     """The option with what it takes to know whether it is good enough, where that is what it lacks.
 
     It is drawn against the model that most of the segment's spend goes to today.
@@ -332,7 +252,7 @@ def _priced(look: _Look, option: Option, today: list[str], needs: _Needs) -> Opt
 
 
 def _hosted(
-    look: _Look, options: tuple[Option, ...], best: Option | None, main: str, spend: Estimate | None, needs: _Needs
+    look: Moves, options: tuple[Option, ...], best: Option | None, main: str, spend: Estimate | None, needs: _Needs
 ) -> SelfHosted | None:
     """The deployment sized for this segment alone, beside the best route there is; None where there is none to size."""
     traffic = look.segment.traffic
