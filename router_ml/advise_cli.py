@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     "--region", "regions", multiple=True, metavar="OF:REGION", help="Likewise the region they have to stay in."
 )
 @click.option("--scale", default=1.0, show_default=True, help="The log's traffic times this: a sample stands for more.")
+@click.option("--peak-to-mean", type=float, help="How much an hour's busiest minutes are above its mean; see selfhost.")
+@click.option("--feedback-ratio", default=1.0, show_default=True, help="How often bad answers get feedback, by good.")
 @click.option("--rows", default=200_000, show_default=True, help="How many of the newest rows are looked at.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same result.")
 @CONFIDENCE
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
 @PLOT
 def advise(
     log: Any, catalog: Path | None, min_quality: float | None, margin: float, deployment: Path | None,
-    host: str | None, data_classes: tuple[str, ...], regions: tuple[str, ...], scale: float, rows: int, seed: int,
-    confidence: float, json_path: Path | None, csv_path: Path | None, plot: Path | None,
+    host: str | None, data_classes: tuple[str, ...], regions: tuple[str, ...], scale: float,
+    peak_to_mean: float | None, feedback_ratio: float, rows: int, seed: int, confidence: float,
+    json_path: Path | None, csv_path: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Find segments of traffic that could go to something cheaper, and say what keeps the others.
 
@@ -57,6 +60,8 @@ def advise(
     from router_ml.selfhost import Deployment
     from training.advise import advise as run
 
+    if not 0.0 < feedback_ratio < float("inf"):
+        raise InputError("--feedback-ratio has to be above 0: 2 says that bad answers get feedback twice as often")
     if rows < 1:
         raise InputError("--rows has to be 1 or more")
     hosting = None
@@ -70,11 +75,15 @@ def advise(
     with working("judging segments"):
         found = run(
             frame.tail(rows), cards, min_quality=min_quality, margin=margin, deployment=hosting, hosted=host,
-            data_classes=declared[0], regions=declared[1], confidence=confidence, scale=scale, seed=seed,
+            data_classes=declared[0], regions=declared[1], confidence=confidence, scale=scale,
+            peak_to_mean=peak_to_mean, feedback_ratio=feedback_ratio, seed=seed,
         )  # fmt: skip
     for line in found.in_words:
         click.echo(line)
-    click.echo(f"all {found.intervals} intervals hold together with {confidence:.0%}")
+    click.echo(
+        f"all {found.intervals} intervals hold together with {confidence:.0%}, those of what was picked as well: its "
+        "lower end holds, its middle may be high"
+    )
     write_json(json_path, found.to_json())
     if csv_path is not None:
         write_aside(csv_path, found.to_frame().write_csv())

@@ -17,12 +17,14 @@ from router_ml.cli import main
 from router_ml.errors import InputError
 from router_ml.logs import LOG_SCHEMA, read_log, write_log
 from router_ml.policy import Rule
+from router_ml.prices import Usage, price_call
 from router_ml.selfhost import Deployment
 from router_ml.traffic_shape import MONTH_HOURS
-from router_ml.types import ModelCard
+from router_ml.types import LongContext, ModelCard
 from training import world
 from training.advice import Advice, Advised
 from training.advise import advise
+from training.experiment import cost_column, priced
 from training.segments import segments_of, texts_of
 from training.simulate import SIMULATED_CATALOG, simulate, true_quality
 
@@ -224,6 +226,101 @@ def test_hosting_is_not_advised_for_bursts_that_it_would_pay_for_nor_for_a_model
     assert poor.hosted is not None and not poor.hosted.pays and "self-host" not in (poor.verdict, *poor.also)
 
 
+def half_drawn(p: tuple[float, ...], fixed: str, share: float = 0.48) -> pl.DataFrame:
+    """A kind of which a share was always sent to one model, with propensity 1, and the rest drawn of big and mid."""
+    log = planted((replace(TAGS, rows=8000),), seed=1)
+    rng = np.random.default_rng(2)
+    pinned = rng.random(len(log)) < share
+    model = np.where(pinned, fixed, rng.choice(["big", "mid"], len(log)))
+    good = np.array([p[MODELS.index[m]] for m in model])
+    price = np.array([_PRICES[m] for m in model]) * 1e-6
+    into, out = log["input_tokens"].to_numpy(), log["output_tokens"].to_numpy()
+    return log.with_columns(
+        prompt=pl.format("Please tag this message about the parcel and its invoice, case {}", pl.int_range(pl.len())),
+        model=pl.Series(model), propensity=pl.Series(np.where(pinned, 1.0, 0.5)),
+        quality=pl.Series((rng.random(len(log)) < good).astype(float)),
+        cost_usd=pl.Series(into * price[:, 0] + out * price[:, 1]),
+    )  # fmt: skip
+
+
+def test_what_was_not_drawn_does_not_dilute_the_change_of_what_would_move() -> None:
+    """Mid is 0.12 worse; the drawn half of the requests has it in half of the cases already: 0.06 a moved request."""
+    worse = half_drawn((0.97, 0.85, 0.6, 0.6), "big")
+    for quality in ({"margin": 0.04}, {"min_quality": 0.9}):
+        (one,) = advise(worse, MODELS, **quality).segments  # type: ignore[arg-type]
+        mid = next(o for o in one.options if o.model == "mid")
+        assert mid.status == "below" and mid.keeps == "quality" and one.best is None and one.rule is None
+        assert mid.change is not None and mid.change.low < -0.06 < mid.change.high < -0.04
+        assert mid.quality is not None and mid.quality.low < 0.85 < mid.quality.high
+        assert mid.moved == pytest.approx(0.52, abs=0.01) and mid.rest == pytest.approx(0.48, abs=0.01)
+
+
+def test_advice_is_of_the_drawn_part_where_the_log_tells_of_no_more_and_no_rule_pins_the_rest() -> None:
+    (one,) = advise(half_drawn((0.97, 0.97, 0.6, 0.6), "big"), MODELS, margin=0.05).segments
+    assert one.verdict == "cheaper route" and one.rule is None and one.best is not None and one.best.model == "mid"
+    assert "for the 52% whose model was drawn, and of the others nothing is known" in one.why
+    saving = (kind_usd(TAGS, "big") - kind_usd(TAGS, "mid")) / 2 * 0.52 * one.segment.requests_per_month
+    assert one.best.saving_usd is not None and one.best.saving_usd.value == pytest.approx(saving, rel=0.05)
+    # What is pinned to the model already needs no evidence: there a rule is of all.
+    (there,) = advise(half_drawn((0.97, 0.97, 0.6, 0.6), "mid"), MODELS, margin=0.05).segments
+    assert there.verdict == "rule" and there.best is not None and there.best.rest == 0.0
+    assert there.best.moved == pytest.approx(0.52, abs=0.01)
+
+
+def test_hosting_is_sized_and_priced_by_the_very_requests_that_may_go() -> None:
+    """Three in five requests may go, and they are the short ones: 2 % of the tokens."""
+    log = planted((replace(STEADY, rows=6000, p=(0.97, 0.5, 0.5, 0.97)),), seed=3)
+    rng, n = np.random.default_rng(0), len(log)
+    short = rng.random(n) < 0.6
+    others = [name for name in MODELS.ids if name != "own"]
+    model = np.where(~short & (log["model"] == "own").to_numpy(), rng.choice(others, n), log["model"].to_numpy())
+    price = np.array([_PRICES[m] for m in model]) * 1e-6
+    into, out = np.where(short, 200, 8000), np.where(short, 20, 2000)
+    cost = into * price[:, 0] + out * price[:, 1]
+    good = np.array([dict(zip(MODELS.ids, (0.97, 0.5, 0.5, 0.97), strict=True))[m] for m in model])
+    log = log.with_columns(
+        model=pl.Series(model), input_tokens=pl.Series(into), output_tokens=pl.Series(out), cost_usd=pl.Series(cost),
+        propensity=pl.Series(np.where(short, 1 / 4, 1 / 3)),
+        quality=pl.Series((rng.random(n) < good).astype(float)),
+        candidates=pl.Series([list(MODELS.ids) if one else others for one in short]),
+    )  # fmt: skip
+    (one,) = advise(log, MODELS, margin=0.05, deployment=HOSTING, hosted="own", scale=SCALE).segments
+    hosted, month = one.hosted, one.segment.requests_per_month
+    assert hosted is not None and hosted.saving_usd is not None and hosted.share == pytest.approx(short.mean())
+    of_these = cost[short].sum() / n * month
+    assert hosted.saving_usd.low < of_these - hosted.hosting.usd_per_month < hosted.saving_usd.high
+    assert hosted.hosting.traffic.mtok_per_month == pytest.approx(220 * short.mean() * month / 1e6, rel=0.01)
+    assert hosted.hosting.replicas.max() == 1 and not hosted.pays
+
+
+def test_long_calls_are_priced_as_such_where_the_log_has_no_costs() -> None:
+    dear = replace(MODELS["small"], long_context=(LongContext(above_tokens=500, input_usd_per_mtok=20.0,
+                                                              output_usd_per_mtok=60.0),))  # fmt: skip
+    cards = Catalog(tuple(dear if card.id == "small" else card for card in MODELS))
+    log = planted((TAGS,)).head(2000).with_columns(cost_usd=pl.lit(None, pl.Float64))
+    found = log.with_columns(cost_column(cards))
+    for model, into, out, usd in found.select("model", "input_tokens", "output_tokens", "cost_usd").iter_rows():
+        assert usd == pytest.approx(float(price_call(cards[model], Usage(input_tokens=into, output_tokens=out))))
+    for catalog, dearer in ((MODELS, False), (cards, True)):
+        (one,) = advise(log.with_columns(propensity=pl.lit(1.0)), catalog).segments
+        small = next(o for o in one.options if o.model == "small")
+        mean = log.select(priced(catalog, pl.lit("small")).mean()).item() * one.segment.requests_per_month
+        assert one.spend_usd is not None and small.priced_saving_usd == pytest.approx(one.spend_usd.value - mean)
+        assert (small.priced_saving_usd < 0) == dearer
+
+
+def test_what_was_assumed_stands_in_the_notes() -> None:
+    log = planted((TAGS,))
+    rare = log.with_columns(quality=pl.when(pl.int_range(pl.len()) % 100 == 0).then("quality"))
+    notes = advise(rare, MODELS).notes
+    assert any("get a quality with a probability below 2%" in note and "by lot" in note for note in notes)
+    silent = log.with_columns(propensity=pl.when(pl.int_range(pl.len()) % 4 > 0).then("propensity"))
+    found = advise(silent, MODELS, margin=0.05)
+    assert any("25.0% of the requests have no propensity" in note for note in found.notes)
+    assert found.segments[0].best is not None and found.segments[0].best.rest == pytest.approx(0.25)
+    assert not advise(log, MODELS).notes
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("advise") / "log"
@@ -265,7 +362,9 @@ def test_all_intervals_of_a_simulated_log_hold_the_truth_together(simulated: Pat
             if option.quality is None or option.change is None or option.saving_usd is None:
                 continue
             target = np.where(allowed[rows, j : j + 1], np.eye(len(SIMULATED_CATALOG))[j], today[rows])
-            (changed, spent) = (((target - today[rows]) * of[rows]).sum(axis=1).mean() for of in (quality, cost))
+            changed, spent = (((target - today[rows]) * of[rows]).sum(axis=1).mean() for of in (quality, cost))
+            changed /= allowed[rows, j].mean()  # a moved request
+            assert option.moved == pytest.approx(allowed[rows, j].mean()) and option.whole
             assert option.change.low <= changed <= option.change.high, (one.segment.name, option.model)
             assert option.saving_usd.low <= -spent * month <= option.saving_usd.high, (one.segment.name, option.model)
             checked += 1
@@ -363,5 +462,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(Path(outputs["json"]).read_text())["segments"]
     assert pl.read_csv(outputs["csv"])["verdict"].to_list()[0] == "rule"
     assert Path(outputs["png"]).stat().st_size > 1000
+    assert "its middle may be high" in done.output
+    wrong = CliRunner().invoke(main, ["advise", str(tmp_path / "log"), "--feedback-ratio", "0"])
+    assert wrong.exit_code == 2 and "twice as often" in wrong.output
     wrong = CliRunner().invoke(main, ["advise", str(tmp_path / "log"), "--data-class", "bank"])
     assert wrong.exit_code == 2 and "task=NAME:VALUE" in wrong.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from router_ml.selfhost import Against, Hosting
 from training.experiment import Experiment
 from training.policy_value import Estimate
 from training.segments import Segment
+from training.support import MOST_UNSUPPORTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +26,13 @@ Verdict = Literal["self-host", "rule", "cheaper route", "fine-tune", "explore", 
 
 @dataclass(frozen=True)
 class Option:
-    """A segment whose requests all go to `model`, as far as they may and as the log can tell; the rest as today.
+    """What becomes of a segment where the requests that may and whose model was drawn go to `model`; the rest stays.
 
     `status`: "adequate", its quality is shown to be enough; "below", shown not to be; "undecided"; "unknown", the log
     does not identify it; "barred", fewer than half of the requests may go to it. `may` is that share, `moved` the share
-    whose model was drawn, too: the estimates are of the segment with these moved. `quality` a request, `change` of it
-    against today, `spend_usd` and `saving_usd` a month; None where the log does not identify them.
+    of those that would move, `rest` the share of what may go of which the log cannot tell, and which would not.
+    `quality` is that of a moved request, `change` what it is more than today; `spend_usd` the segment's a month with
+    these moved, `saving_usd` what that is less than today; None where the log does not identify them.
     `priced_saving_usd` is no estimate: it is what the card's prices come to for today's tokens of those that may go, or
     of all where it is barred.
     `keeps` is what keeps the segment from going there, and `why` says it; `experiment` is what settling it takes.
@@ -39,6 +42,7 @@ class Option:
     status: Status
     may: float
     moved: float
+    rest: float
     quality: Estimate | None
     change: Estimate | None
     spend_usd: Estimate | None
@@ -53,20 +57,34 @@ class Option:
         """What it may save a month: the estimate, or else what prices come to."""
         return self.priced_saving_usd if self.saving_usd is None else self.saving_usd.value
 
+    @property
+    def sure_usd(self) -> float:
+        """What it is shown to save a month at least."""
+        return -math.inf if self.saving_usd is None else self.saving_usd.low
+
+    @property
+    def whole(self) -> bool:
+        """Whether the log tells of all requests that may go, but for 1 %."""
+        return self.rest <= MOST_UNSUPPORTED
+
 
 @dataclass(frozen=True)
 class SelfHosted:
-    """The segment's requests that may go to `model` on a deployment of its own, sized for the segment's hours.
+    """The segment's requests that could go to `model` on a deployment of its own, sized for their tokens and hours.
 
-    It would replace `route`, the best other option, or today's mix (None): `saving_usd` is the difference a month, and
-    it `pays` where its lower bound is above 0 and the model is good enough. `against` has the break-even with that
-    option's card, or that of the model which most is spent on today.
+    These are the ones of which it is known how good it is, or all that may go where it is of none; `share` of the
+    segment, and `steady` or not. It would replace what `route`, the best other option, or today's mix (None), makes of
+    the same requests: `saving_usd` is the difference a month, and it `pays` where its lower bound is above 0 and the
+    model is good enough. `against` has the break-even with that option's card, or that of the model which most is
+    spent on today.
     """
 
     model: str
     hosting: Hosting
     against: Against
     route: str | None
+    share: float
+    steady: bool
     saving_usd: Estimate | None
     pays: bool
 
@@ -99,10 +117,14 @@ class Advised:
         if self.verdict == "self-host" and self.hosted is not None:
             usd, saving = self.hosted.hosting.usd_per_month, self.hosted.saving_usd
             less = "" if saving is None else f", {_money(saving)} less than {self.hosted.route or 'today'}"
-            return f"host {self.hosted.model}: {usd:,.2f} USD a month{less}"
+            part = "" if self.hosted.share > 0.99 else f" for {self.hosted.share:.0%} of the requests"
+            return f"host {self.hosted.model}{part}: {usd:,.2f} USD a month{less}"
         if self.best is not None and self.best.saving_usd is not None:
             how = "pin it with a rule" if self.verdict == "rule" else "let the router send these there"
-            return f"{self.best.model} is good enough ({how}): saves {_money(self.best.saving_usd)} USD a month"
+            part = ""
+            if not self.best.whole:
+                part = f" for the {self.best.moved:.0%} whose model was drawn, and of the others nothing is known"
+            return f"{self.best.model} is good enough{part} ({how}): saves {_money(self.best.saving_usd)} USD a month"
         if self.verdict == "fine-tune" and self.tuned is not None:
             return (
                 f"{self.tuned.model} is nearly good enough on narrow, repetitive traffic: tuned, it could save up to "
@@ -128,10 +150,10 @@ class Advised:
         if self.hosted is not None and self.verdict != "self-host":
             of, at = self.hosted, self.hosted.against
             even = "at no volume" if at.break_even_mtok is None else f"from {at.break_even_mtok:,.4g} Mtok a month on"
-            shape = "" if self.segment.steady else f", and it is bursty (peak {self.segment.peak_to_mean:.1f} x mean)"
+            shape = "" if of.steady else f", and it is bursty (peak {self.segment.peak_to_mean:.1f} x mean)"
             said.append(
                 f"self-hosting {of.model}: {of.hosting.usd_per_month:,.2f} USD a month; pays {even} against "
-                f"{at.model}, and the segment has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
+                f"{at.model}, and what could go has {of.hosting.traffic.mtok_per_month:,.4g}{shape}"
             )
         return tuple(said)
 
@@ -153,7 +175,7 @@ class Advice:
     def options_frame(self) -> pl.DataFrame:
         """A row a segment and model: what each option is worth, and what keeps the segment from it."""
         schema: dict[str, Any] = dict.fromkeys(("segment", "model", "status", "keeps", "why"), pl.String)
-        schema |= dict.fromkeys(("may", "moved", "priced_saving_usd"), pl.Float64)
+        schema |= dict.fromkeys(("may", "moved", "rest", "priced_saving_usd"), pl.Float64)
         for name in ("quality", "change", "saving_usd"):
             schema |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), pl.Float64)
         schema |= {"experiment_requests": pl.Int64, "experiment_usd": pl.Float64, "experiment_anyway_usd": pl.Float64}
@@ -161,7 +183,7 @@ class Advice:
         for one in self.segments:
             for option in one.options:
                 row: dict[str, Any] = {name: getattr(option, name) for name in ("model", "status", "keeps", "why")}
-                row |= {name: getattr(option, name) for name in ("may", "moved", "priced_saving_usd")}
+                row |= {name: getattr(option, name) for name in ("may", "moved", "rest", "priced_saving_usd")}
                 for name in ("quality", "change", "saving_usd"):
                     row |= _spread(name, getattr(option, name))
                 if (plan := option.experiment) is not None:

@@ -15,12 +15,13 @@ from router_ml.errors import InputError
 from router_ml.selfhost import Deployment, against, host
 from training.advice import Advice, Advised, Keeps, Option, SelfHosted, Status, Verdict
 from training.barred import Declared, bars_of
-from training.experiment import cost_column, plan_experiment
+from training.experiment import cost_column, plan_experiment, priced
 from training.logged import logged_of, one_row_a_request
 from training.moves import Moves, told
-from training.ope import fit_models
+from training.nuisance import LEAST_OBSERVED
+from training.ope import FittedModels, fit_models
 from training.policy_value import Estimate
-from training.segments import Segment, segments_of, texts_of
+from training.segments import Hours, Segment, hours_of, is_steady, profile_of, segments_of, texts_of, traffic_of
 
 HIGH_VOLUME = 10_000.0
 """Requests a month from which tuning a model of one's own is worth the trouble."""
@@ -42,33 +43,38 @@ def advise(
     regions: Declared | None = None,
     confidence: float = 0.95,
     scale: float = 1.0,
+    peak_to_mean: float | None = None,
     cluster: str = "session",
     feedback_ratio: float = 1.0,
     seed: int = 0,
 ) -> Advice:
     """Finds the segments of a log's traffic and says of each whether it is a case for something cheaper, and for what.
 
-    Needed is a mean quality of `min_quality` a request, by default what the segment has today less `margin`. The
-    estimates are cross-fitted doubly robust (`ope`, with the prompts' embeddings), of all of a segment's requests that
-    may go to a model and whose model was drawn, the others staying where they are; change and saving are paired with
-    what the log's own policy had of the same requests. A log without drawn requests gives no number of another model:
-    rows of propensity 1, or of none, tell of their own alone. Nor is there one where fewer than 100 effective rows with
-    an outcome agree with it (`support.FEW_ESS`), since intervals hold from there on.
+    Needed of the requests that would move is a mean quality of `min_quality`, by default what they have today less
+    `margin`. The estimates are cross-fitted doubly robust (`ope`, with the prompts' embeddings), of all of a segment's
+    requests that may go to a model and whose model was drawn; change and saving are paired with what the log's own
+    policy had of the same requests. What was not drawn (propensity 1, or none) tells of its own model alone: where that
+    is more than half of what may go there is no number, and where it is less the advice is of the drawn part and says
+    so. Nor is there a number where fewer than 100 effective rows with an outcome agree with the model
+    (`support.FEW_ESS`), since intervals hold from there on.
 
     Looking for the best of many segments and models finds the luckiest as well (the winner's curse). So all intervals
     hold together with `confidence`: each has 1 - (1 - confidence) / k with k the number of all of them (Bonferroni),
     whichever is then picked. The segments themselves are found without looking at any outcome. A move is advised where
-    the lower bounds of quality (or of its change) and of the saving both are high enough.
+    the lower bounds of quality (or of its change) and of the saving both are high enough; of several the one with the
+    highest lower bound of the saving. The middle of what is picked is still likely to be high: its lower end holds.
 
-    Cases: "self-host" (`deployment` serving `hosted`, of steady traffic, costs less than the lower bound of the best
-    route); "rule" (one model is shown to do, and task and tenant say which narrow traffic is meant) and "cheaper
-    route" (the same, where no rule can say it, or where the traffic is mixed, so that a router may do better still);
+    Cases: "self-host" (`deployment` serving `hosted`, of steady traffic, costs less than the lower bound of what the
+    best route has for the same requests); "rule" (one model is shown to do for all that may go, and task and tenant say
+    which narrow traffic is meant) and "cheaper route" (the same, where no rule can say it, where the log tells of a
+    part only, or where the traffic is mixed, so that a router may do better still);
     "fine-tune" (narrow, repetitive, at least 10,000 requests a month, and an open model within 0.1 of the needed
     quality; the tuning's own price is not known here); "explore" (a model that may save more is not known well enough:
     its experiment has requests and price, sized for a test of its own as `plan_experiment` does); else "keep".
 
-    `data_classes` and `regions` as in `barred.bars_of`, `scale` as in `segments_of`, `cluster` as in `logged_of`.
-    Raises InputError as these do, for impossible options, and for a `hosted` model that the catalogue has not.
+    `data_classes` and `regions` as in `barred.bars_of`, `scale` and `peak_to_mean` as in `segments_of`, `cluster` as in
+    `logged_of`, `feedback_ratio` as in `ope.evaluate_policy`. Raises InputError as these do, for impossible options,
+    and for a `hosted` model that the catalogue has not.
     """
     if not 0.0 <= margin < 1.0 or not (min_quality is None or 0.0 <= min_quality <= 1.0):
         raise InputError("margin and min_quality are qualities: give numbers of 0 to 1")
@@ -83,10 +89,13 @@ def advise(
         rows = rows.filter(known)
         notes.append(f"{strange:,} requests to models that the catalogue does not list are left out")
     texts = texts_of(rows, seed=seed)
-    segments = segments_of(rows, texts, scale=scale, seed=seed)
+    segments = segments_of(rows, texts, scale=scale, peak_to_mean=peak_to_mean, seed=seed)
     if texts is None:
         notes.append("without prompts segments are those of the columns task and tenant alone")
     logged = logged_of(rows, catalog, cluster=cluster)
+    if (silent := np.isnan(logged.propensity)).any():
+        logged = replace(logged, propensity=np.where(silent, 1.0, logged.propensity))
+        notes.append(f"{silent.mean():.1%} of the requests have no propensity: they count as not drawn")
     bars = bars_of(rows, catalog, data_classes=data_classes, regions=regions)
     models = {}
     with threadpool_limits(limits=1, user_api="blas"):
@@ -97,10 +106,12 @@ def advise(
             features = None if texts is None else texts.embedding
             ratio = feedback_ratio if metric == "quality" else 1.0
             models[metric] = fit_models(logged, metric, 5, seed, features, None, ratio)
-    found = [Moves(rows, logged, bars, models, segment) for segment in segments]
+            notes += [line for line in (*models[metric].warnings, *_cut(models[metric])) if line not in notes]
+    own = None if hosted is None else catalog.index[hosted]
+    found = [Moves(rows, logged, bars, models, segment, own) for segment in segments]
     intervals = sum(len(look.columns) for look in found)
     each = (1.0 - confidence) / max(intervals, 1)
-    needs = _Needs(min_quality, margin, deployment, hosted, confidence, scale)
+    needs = _Needs(min_quality, margin, deployment, hosted, confidence, scale, peak_to_mean, rows, hours_of(rows))
     made = [_advised(look, look.estimates(each, seed), needs) for look in found]
     made.sort(key=lambda one: (-(one.spend_usd.value if one.spend_usd else 0.0), one.segment.name))
     return Advice(tuple(made), confidence, intervals, tuple(notes))
@@ -114,6 +125,20 @@ class _Needs:
     hosted: str | None
     confidence: float
     scale: float
+    peak_to_mean: float | None
+    log: pl.DataFrame
+    hours: Hours
+
+
+def _cut(fitted: FittedModels) -> list[str]:
+    """That who has an outcome is taken for drawn by lot, where it is so rare that weights are cut."""
+    rare = 0.0 if fitted.told is None else float((fitted.told < LEAST_OBSERVED).mean())
+    if not rare:
+        return []
+    return [
+        f"{rare:.0%} of the requests get a {fitted.metric} with a probability below {LEAST_OBSERVED:.0%}, where "
+        "weights are cut: among these it counts as if it came by lot, whoever gives it"
+    ]
 
 
 def _advised(look: Moves, found: dict[tuple[str, int], Estimate], needs: _Needs) -> Advised:
@@ -132,13 +157,13 @@ def _advised(look: Moves, found: dict[tuple[str, int], Estimate], needs: _Needs)
     options = tuple(_option(look, found, j, spend, needed, needs) for j in range(len(look.catalog)))
     mine = [o for o in options if o.model != needs.hosted]
     shown = [o for o in mine if o.status == "adequate" and o.saving_usd is not None and o.saving_usd.low > 0.0]
-    best = max(shown, key=lambda o: o.hoped_usd, default=None)
+    best = max(shown, key=lambda o: o.sure_usd, default=None)
     more = [o for o in options if o.hoped_usd > (0.0 if best is None else best.hoped_usd)]
-    tuned = _tuned(look, more, needed)
+    tuned = _tuned(look, more, needs)
     options = tuple(_priced(look, o, dearest, needs) if o in more else o for o in options)
     asked = [o for o in options if o.experiment is not None and o.experiment.requests > 0]
     explored = max(asked, key=lambda o: o.hoped_usd, default=None)
-    hosted = _hosted(look, options, best, dearest[0], spend, needs)
+    hosted = _hosted(look, found, options, best, needs)
     cases = _cases(segment, best, tuned, explored, hosted)
     classes = look.bars.data_class.gather(segment.rows).unique().to_list()
     sensitivity = None if classes == [None] else cast("str", classes[0]) if len(classes) == 1 else "mixed"
@@ -152,10 +177,10 @@ def _cases(
 ) -> tuple[Verdict, ...]:
     """All that the segment is a case for, the first the one to begin with."""
     cases: list[Verdict] = []
-    if hosted is not None and hosted.pays and segment.steady:
+    if hosted is not None and hosted.pays and hosted.steady:
         cases.append("self-host")
     if best is not None:
-        cases.append("rule" if segment.declared and segment.narrow else "cheaper route")
+        cases.append("rule" if segment.declared and segment.narrow and best.whole else "cheaper route")
     if tuned is not None:
         cases.append("fine-tune")
     if explored is not None:
@@ -169,11 +194,10 @@ def _option(
 ) -> Option:  # fmt: skip
     card, a_month = look.catalog.cards[j], look.segment.requests_per_month
     may, moved = float(look.may[:, j].mean()), float(look.moved[:, j].mean())
-    tokens = look.segment.input_tokens, look.segment.output_tokens
-    own = 1e-6 * (tokens[0] * card.input_usd_per_mtok + tokens[1] * card.output_usd_per_mtok)
     those = look.rows if may < 0.5 else look.rows.filter(pl.Series(look.may[:, j]))
-    now, part = those["cost_usd"].mean(), len(those) / len(look.rows)
-    priced = (float(now) - own) * part * a_month if isinstance(now, float) and not math.isnan(own) else 0.0
+    now, own = those["cost_usd"].mean(), those.select(priced(look.catalog, pl.lit(card.id)).mean()).item()
+    part = len(those) / len(look.rows)
+    hoped = (float(now) - own) * part * a_month if isinstance(now, float) and own is not None else 0.0
     quality, change = found.get(("quality", j)), found.get(("quality change", j))
     costs, gain = found.get(("cost_usd", j)), found.get(("cost_usd change", j))
     saving = None if gain is None else _times(Estimate(-gain.value, -gain.high, -gain.low, gain.se), a_month)
@@ -181,8 +205,8 @@ def _option(
     if status == "adequate" and (saving is None or saving.low <= 0.0):
         keeps, why = "cost", "it is not shown to be cheaper"
     return Option(
-        card.id, status, may, moved, quality, change, None if costs is None else _times(costs, a_month), saving,
-        priced, keeps, why,
+        card.id, status, may, moved, float(look.rest[j]), quality, change,
+        None if costs is None else _times(costs, a_month), saving, hoped, keeps, why,
     )  # fmt: skip
 
 
@@ -196,7 +220,8 @@ def _judged(
     if quality is None or change is None or needed is None:
         return "unknown", "missing evidence", look.why[j] or "no request has a quality"
     tested, least = (change, -needs.margin) if needs.min_quality is None else (quality, needs.min_quality)
-    said = f"quality {quality.value:.3f}, needed {needed:.3f}, change {change.value:+.3f} ({change.low:+.3f} to "
+    of_these = quality.value - change.value - needs.margin
+    said = f"quality {quality.value:.3f}, needed {of_these:.3f}, change {change.value:+.3f} ({change.low:+.3f} to "
     said += f"{change.high:+.3f})"
     if needs.min_quality is not None:
         said = f"quality {quality.value:.3f} ({quality.low:.3f} to {quality.high:.3f}), needed {needed:.3f}"
@@ -211,14 +236,21 @@ def _times(found: Estimate, factor: float) -> Estimate:
     return Estimate(*(value * factor for value in found))
 
 
-def _tuned(look: Moves, more: list[Option], needed: float | None) -> Option | None:
+def _over(option: Option, needs: _Needs) -> float:
+    """How far the option's estimated quality is above what its requests need; NaN where it is not known."""
+    if option.quality is None or option.change is None:
+        return math.nan
+    return option.change.value + needs.margin if needs.min_quality is None else option.quality.value - needs.min_quality
+
+
+def _tuned(look: Moves, more: list[Option], needs: _Needs) -> Option | None:
     """The open model that is nearly good enough on traffic that a model could be tuned for."""
     of = look.segment
-    if not (of.narrow and of.repetitive and of.requests_per_month >= HIGH_VOLUME) or needed is None:
+    if not (of.narrow and of.repetitive and of.requests_per_month >= HIGH_VOLUME):
         return None
     near = [
         o for o in more
-        if o.status in ("below", "undecided") and o.quality is not None and o.quality.value >= needed - NEARLY
+        if o.status in ("below", "undecided") and _over(o, needs) >= -NEARLY
         and look.catalog[o.model].tier in _OPEN and o.saving_usd is not None and o.saving_usd.low > 0.0
     ]  # fmt: skip
     return max(near, key=lambda o: o.hoped_usd, default=None)
@@ -252,19 +284,28 @@ def _priced(look: Moves, option: Option, today: list[str], needs: _Needs) -> Opt
 
 
 def _hosted(
-    look: Moves, options: tuple[Option, ...], best: Option | None, main: str, spend: Estimate | None, needs: _Needs
-) -> SelfHosted | None:
-    """The deployment sized for this segment alone, beside the best route there is; None where there is none to size."""
-    traffic = look.segment.traffic
+    look: Moves, found: dict[tuple[str, int], Estimate], options: tuple[Option, ...], best: Option | None,
+    needs: _Needs,
+) -> SelfHosted | None:  # fmt: skip
+    """The deployment sized for what could go to it, beside the best route there is for just that; None for nothing."""
     own = next((o for o in options if o.model == needs.hosted), None)
-    if needs.deployment is None or own is None or traffic is None or own.may < 0.5:
+    if needs.deployment is None or own is None or look.hosts is None or own.may < 0.5:
         return None
-    part = replace(traffic, input_tokens=traffic.input_tokens * own.may, output_tokens=traffic.output_tokens * own.may)
-    hosting = host(needs.deployment, part)
-    route = spend if best is None else best.spend_usd
-    other = look.catalog[main if best is None else best.model]
-    pays = own.status == "adequate" and route is not None and hosting.usd_per_month < route.low * own.may
-    saving, usd = None if route is None else _times(route, own.may), hosting.usd_per_month
-    if saving is not None:  # what the deployment costs is certain, given the traffic
-        saving = Estimate(saving.value - usd, saving.low - usd, saving.high - usd, saving.se)
-    return SelfHosted(own.model, hosting, against(hosting, other), None if best is None else best.model, saving, pays)
+    rows = look.segment.rows[look.hosts]
+    traffic, _ = traffic_of(needs.log, needs.hours, rows, needs.scale, needs.peak_to_mean)
+    if traffic is None:
+        return None
+    hosting = host(needs.deployment, traffic)
+    paid = look.rows.filter(pl.Series(look.hosts)).group_by("model").agg(pl.col("cost_usd").sum(), n=pl.len())
+    main = paid.filter(pl.col("model") != own.model).sort("cost_usd", "n", "model", descending=[True, True, False])
+    name = best.model if best is not None else main["model"][0] if len(main) else own.model
+    route = found.get(("hosted cost", -1 if best is None else look.catalog.index[best.model]))
+    saving = None
+    if route is not None:  # what the deployment costs is certain, given the traffic; what overflows it goes the route
+        kept, usd = _times(route, look.segment.requests_per_month * (1.0 - hosting.overflow)), hosting.usd_per_month
+        saving = Estimate(kept.value - usd, kept.low - usd, kept.high - usd, kept.se)
+    return SelfHosted(
+        own.model, hosting, against(hosting, look.catalog[name]), None if best is None else best.model,
+        len(rows) / len(look.segment), is_steady(*profile_of(needs.hours, rows)), saving,
+        pays=own.status == "adequate" and saving is not None and saving.low > 0.0,
+    )  # fmt: skip

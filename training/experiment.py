@@ -261,16 +261,31 @@ def both_may_serve(log: pl.DataFrame, catalog: Catalog, a: str, b: str, task: st
 
 
 def cost_column(catalog: Catalog) -> pl.Expr:
-    """A row's cost in USD: the log's, 0 where a cache answered, or its tokens at the catalogue's prices."""
+    """A row's cost in USD: the log's, 0 where a cache answered, or its tokens at the catalogue's prices (`priced`)."""
+    free = pl.when(pl.col("status") == CACHED).then(0.0)
+    return pl.coalesce("cost_usd", free, priced(catalog, pl.col("model"))).alias("cost_usd")
+
+
+def priced(catalog: Catalog, model: pl.Expr, output_tokens: pl.Expr | None = None) -> pl.Expr:
+    """USD of a row's tokens (or of so many output tokens) at the prices of `model`; null where one is not known.
+
+    The step of `long_context` that the whole input is above prices the whole call, as in `prices.price_call`.
+    """
+    into = pl.col("input_tokens")
+    out = pl.col("output_tokens") if output_tokens is None else output_tokens
+    found = _at_prices(catalog, model, into, out)
+    for above in catalog.price_steps:
+        found = pl.when(into > above).then(_at_prices(catalog.priced_at(above + 1), model, into, out)).otherwise(found)
+    return found
+
+
+def _at_prices(catalog: Catalog, model: pl.Expr, into: pl.Expr, out: pl.Expr) -> pl.Expr:
     prices = {card.id: (card.input_usd_per_mtok * 1e-6, card.output_usd_per_mtok * 1e-6) for card in catalog}
-    into, out = (
-        pl.col("model").replace_strict({m: p[i] for m, p in prices.items()}, default=None, return_dtype=pl.Float64)
+    of_input, of_output = (
+        model.replace_strict({m: p[i] for m, p in prices.items()}, default=None, return_dtype=pl.Float64)
         for i in (0, 1)
     )
-    free = pl.when(pl.col("status") == CACHED).then(0.0)
-    return pl.coalesce("cost_usd", free, pl.col("input_tokens") * into + pl.col("output_tokens") * out).alias(
-        "cost_usd"
-    )
+    return into * of_input + out * of_output
 
 
 def _arm(rows: pl.DataFrame, catalog: Catalog, model: str, told: float) -> Arm:
@@ -280,9 +295,8 @@ def _arm(rows: pl.DataFrame, catalog: Catalog, model: str, told: float) -> Arm:
     feedback = float(len(known) / len(own)) if len(own) >= FEW else told
     drawn = own.filter(pl.col("propensity") < 1.0, pl.col("fallback_from").is_null())["quality"].drop_nulls()
     of = own if len(own) >= FEW and own["output_tokens"].count() else rows
-    tokens = [_mean(rows["input_tokens"]), _mean(of["output_tokens"])]
-    card = catalog[model]
-    cost = (tokens[0] * card.input_usd_per_mtok + tokens[1] * card.output_usd_per_mtok) * 1e-6
+    answer = pl.lit(_mean(of["output_tokens"]))
+    cost = _mean(rows.select(priced(catalog, pl.lit(model), answer).fill_nan(None)).to_series())
     if math.isnan(cost):  # the first is as if it had served all of these requests
         cost = _mean(own["cost_usd"])
     return Arm(

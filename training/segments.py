@@ -95,7 +95,12 @@ class Segment:
     @property
     def steady(self) -> bool:
         """Whether a machine for its busiest hour is worth having in most of the others."""
-        return self.peak_to_mean <= 3.0 and self.idle <= 0.25
+        return is_steady(self.peak_to_mean, self.idle)
+
+
+def is_steady(peak_to_mean: float, idle: float) -> bool:
+    """Whether the busiest hour is at most three times the mean one, and at most a quarter of the hours are idle."""
+    return peak_to_mean <= 3.0 and idle <= 0.25
 
 
 def texts_of(log: pl.DataFrame, *, seed: int = 0) -> Texts | None:
@@ -119,19 +124,21 @@ def texts_of(log: pl.DataFrame, *, seed: int = 0) -> Texts | None:
 
 
 def segments_of(
-    log: pl.DataFrame, texts: Texts | None, *, scale: float = 1.0, most: int = 24, seed: int = 0
-) -> tuple[Segment, ...]:
+    log: pl.DataFrame, texts: Texts | None, *, scale: float = 1.0, peak_to_mean: float | None = None, most: int = 24,
+    seed: int = 0,
+) -> tuple[Segment, ...]:  # fmt: skip
     """The log's segments (`LOG_SCHEMA`, one row a request), the largest first; every row is in one of them.
 
     Tasks are taken apart, and within them tenants; what is too small for a segment (fewer than 200 requests or 2 % of
     the log) goes together under the column that it shares, or under none. Each is then split into the two to six
     clusters (k-means of the embeddings) that are furthest apart by their silhouette, if they are apart at all. `scale`
-    is how many requests of the traffic one of the log stands for. Raises InputError for a log without rows.
+    is how many requests of the traffic one of the log stands for, `peak_to_mean` as in `Traffic.of_requests`. Raises
+    InputError for a log without rows.
     """
     if log.is_empty():
         raise InputError("the log has no rows: there is nothing to advise on")
     least = max(LEAST_ROWS, round(LEAST_SHARE * len(log)), len(log) // most)
-    hours = _hours(log)
+    hours = hours_of(log)
     common = _frequency(texts, np.arange(len(log)), seed) if texts is not None else Counter()
     made = []
     for task, tenant, rows in _declared(log, least):
@@ -143,7 +150,7 @@ def segments_of(
             if len(parts) > 1 and texts is not None:
                 terms = _typical(_frequency(texts, at, seed), _frequency(texts, rows, seed), common)
             name = f"{label}: {', '.join(terms)}" if terms else label
-            made.append(_segment(log, texts, hours, name, task, tenant, terms, at, scale, seed))
+            made.append(_segment(log, texts, hours, name, task, tenant, terms, at, scale, peak_to_mean, seed))
     return tuple(sorted(made, key=lambda one: (-len(one), one.name)))
 
 
@@ -218,36 +225,34 @@ def _typical(own: Counter[str], around: Counter[str], common: Counter[str]) -> t
 
 
 @dataclass(frozen=True, eq=False)
-class _Hours:
-    """Each row's hour since the log's first [n], how many hours the log has, and the first one's hour of the week."""
+class Hours:
+    """Each row's hour since the log's first [n], how many hours the log has, and the first one's since 1970."""
 
     of: IntArray
     count: int
-    first: int
+    start: int
+
+    @property
+    def first(self) -> int:
+        """The first hour's place in its week, from Monday on."""
+        return (self.start + 72) % WEEK_HOURS  # 1 January 1970 was a Thursday
 
 
-def _hours(log: pl.DataFrame) -> _Hours:
+def hours_of(log: pl.DataFrame) -> Hours:
+    """The hours of a log's rows."""
     hour = log.select(pl.col("time").dt.epoch("s") // 3600).to_series().to_numpy()
-    first = int(hour.min())
-    # 1 January 1970 was a Thursday.
-    return _Hours((hour - first).astype(np.int64), int(hour.max()) - first + 1, (first + 72) % WEEK_HOURS)
+    start = int(hour.min())
+    return Hours((hour - start).astype(np.int64), int(hour.max()) - start + 1, start)
 
 
 def _segment(
-    log: pl.DataFrame, texts: Texts | None, hours: _Hours, name: str, task: str | None, tenant: str | None,
-    terms: tuple[str, ...], rows: IntArray, scale: float, seed: int,
+    log: pl.DataFrame, texts: Texts | None, hours: Hours, name: str, task: str | None, tenant: str | None,
+    terms: tuple[str, ...], rows: IntArray, scale: float, peak_to_mean: float | None, seed: int,
 ) -> Segment:  # fmt: skip
     own = log[rows]
     a_month = MONTH_HOURS / hours.count
-    tokens = [own[column].cast(pl.Float64) for column in ("input_tokens", "output_tokens")]
-    means = [float(mean) if isinstance(mean := column.mean(), float) else float("nan") for column in tokens]
-    traffic = None
-    if hours.count >= 24 and all(mean == mean for mean in means) and sum(means) > 0.0:
-        filled = [column.fill_null(mean).to_numpy() for column, mean in zip(tokens, means, strict=True)]
-        sums = np.stack([np.bincount(hours.of[rows], each, hours.count) for each in filled])
-        into, out = np.asarray(sums, dtype=np.float64) * scale
-        traffic = Traffic(into, out, note=f"{len(rows):,} requests in {hours.count} hours")
-    peak, idle = _profile(hours, rows)
+    traffic, means = traffic_of(log, hours, rows, scale, peak_to_mean)
+    peak, idle = profile_of(hours, rows)
     similarity, near, template = (None, None, None) if texts is None else _narrowness(texts, rows, seed)
     turns = own.select((pl.col("messages").str.count_matches('"role": ?"user"', literal=False) > 1).mean()).item()
     rule = [pl.col(column) == said for column, said in (("task", task), ("tenant", tenant)) if said is not None]
@@ -259,7 +264,24 @@ def _segment(
     )  # fmt: skip
 
 
-def _profile(hours: _Hours, rows: IntArray) -> tuple[float, float]:
+def traffic_of(
+    log: pl.DataFrame, hours: Hours, rows: IntArray, scale: float, peak_to_mean: float | None
+) -> tuple[Traffic | None, list[float]]:
+    """(tokens of these rows in each hour of the log, or None where too little is known; mean input and output tokens).
+
+    `scale` and `peak_to_mean` as in `Traffic.of_requests`. A request whose tokens are not known counts with the mean.
+    """
+    own = log[rows]
+    tokens = [own[column].cast(pl.Float64) for column in ("input_tokens", "output_tokens")]
+    means = [float(mean) if isinstance(mean := column.mean(), float) else float("nan") for column in tokens]
+    if hours.count < 24 or any(mean != mean for mean in means) or not sum(means) > 0.0:
+        return None, means
+    filled = np.stack([column.fill_null(mean).to_numpy() for column, mean in zip(tokens, means, strict=True)], axis=1)
+    seconds = own["time"].dt.epoch("us").to_numpy() * 1e-6
+    return Traffic.of_requests(seconds, filled, hours.start, hours.count, scale=scale, peak_to_mean=peak_to_mean), means
+
+
+def profile_of(hours: Hours, rows: IntArray) -> tuple[float, float]:
     """(busiest hour by the mean one, share of hours below a tenth of the mean)."""
     series = np.bincount(hours.of[rows], minlength=hours.count).astype(np.float64)
     if hours.count >= 2 * WEEK_HOURS:
