@@ -245,7 +245,7 @@ def half_drawn(p: tuple[float, ...], fixed: str, share: float = 0.48) -> pl.Data
 
 def test_what_was_not_drawn_does_not_dilute_the_change_of_what_would_move() -> None:
     """Mid is 0.12 worse; the drawn half of the requests has it in half of the cases already: 0.06 a moved request."""
-    worse = half_drawn((0.97, 0.85, 0.6, 0.6), "big")
+    worse = half_drawn((0.97, 0.85, 0.6, 0.6), "big").with_columns(prompt=pl.lit(None, pl.String))
     for quality in ({"margin": 0.04}, {"min_quality": 0.9}):
         (one,) = advise(worse, MODELS, **quality).segments  # type: ignore[arg-type]
         mid = next(o for o in one.options if o.model == "mid")
