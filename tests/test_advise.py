@@ -318,7 +318,12 @@ def test_what_was_assumed_stands_in_the_notes() -> None:
     found = advise(silent, MODELS, margin=0.05)
     assert any("25.0% of the requests have no propensity" in note for note in found.notes)
     assert found.segments[0].best is not None and found.segments[0].best.rest == pytest.approx(0.25)
-    assert not advise(log, MODELS).notes
+    whole = advise(log, MODELS)
+    assert not whole.notes
+    hits = log.with_columns(pl.col("request_id") + "-hit", status=pl.lit("cached"), cost_usd=pl.lit(0.0))
+    again = advise(pl.concat([log, hits]), MODELS)
+    assert again.notes == ("6,000 rows that a cache answered are left out: no model was called",)
+    assert again.to_frame().equals(whole.to_frame())
 
 
 @pytest.fixture(scope="module")

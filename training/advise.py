@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.selfhost import Deployment, against, host
+from router_ml.types import CACHED
 from training.advice import Advice, Advised, Keeps, Option, SelfHosted, Status, Verdict
 from training.barred import Declared, bars_of
 from training.experiment import cost_column, plan_experiment, priced
@@ -82,8 +83,12 @@ def advise(
         raise InputError("confidence has to lie in [0.5, 1), and scale above 0")
     if (deployment is None) != (hosted is None) or (hosted is not None and hosted not in catalog):
         raise InputError(f"a deployment needs the model that it serves, one of the catalogue: {', '.join(catalog.ids)}")
-    rows = one_row_a_request(log).with_columns(cost_column(catalog))
     notes = []
+    cached = (log["status"] == CACHED).fill_null(False)
+    if cached.any():
+        log = log.filter(~cached)
+        notes.append(f"{cached.sum():,} rows that a cache answered are left out: no model was called")
+    rows = one_row_a_request(log).with_columns(cost_column(catalog))
     known = pl.coalesce("fallback_from", "model").is_in(catalog.ids)
     if strange := rows.select((~known).sum()).item():
         rows = rows.filter(known)
