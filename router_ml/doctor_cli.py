@@ -31,6 +31,7 @@ def doctor(
     from router_ml.catalog import Catalog
     from router_ml.logs import read_log_info
     from training.doctor import examine
+    from training.importers.settle import judgements_of
 
     if (log is None) == (store is None):
         raise InputError("say what to look at: either LOG or --store FILE")
@@ -38,9 +39,11 @@ def doctor(
     if cards is None and log is not None and (isinstance(log, str) or (log / "log.json").is_file()):
         given = read_log_info(log).get("catalog")
         cards = Catalog.from_json(given, f"{log}/log.json") if given else None
+    folder = Path(log) if log is not None and (isinstance(log, Path) or "://" not in log) else None
     rows = log_rows(log, store)
     with working("examining"):
-        found = examine(rows, cards)
+        judgements = judgements_of(folder) if folder is not None and (folder / "log.json").is_file() else None
+        found = examine(rows, cards, judgements=judgements)
     click.echo("\n".join(found.in_words))
     write_json(json_path, found.to_json())
     write_plot(plot, found.plot)

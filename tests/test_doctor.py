@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+from sklearn.metrics import cohen_kappa_score
 from test_store import decision, request
 
 from router_ml.catalog import Catalog
@@ -16,10 +18,13 @@ from router_ml.cli import main
 from router_ml.log_schema import LOG_SCHEMA
 from router_ml.logs import read_log
 from router_ml.store import Store
+from training import log_checks
 from training.compare import compare
 from training.doctor import examine
 from training.examination import LEAST_OUTCOMES, Check, Examination
-from training.importers.importing import import_log
+from training.feedback import parse_rule
+from training.importers.importing import import_feedback, import_log
+from training.importers.signals import read_signals
 from training.simulate import simulate
 from training.world import SIMULATED_CATALOG
 
@@ -162,10 +167,84 @@ def test_rows_that_are_wrong_are_told(tiny_log: pl.DataFrame, catalog: Catalog) 
 def test_label_noise_by_questions_that_come_again(tiny_log: pl.DataFrame, catalog: Catalog) -> None:
     again = tiny_log.with_columns(request_id=pl.col("request_id") + "-again")
     same = of(examine(pl.concat([tiny_log, again]), catalog, now=NOW))["label noise"]
-    assert same.state == "good" and same.numbers == {"retested": 960, "share_of_variance": 0.0}
+    assert same.state == "good" and same.numbers == {
+        "retested": 960,
+        "share_of_outcomes": 1.0,
+        "share_of_variance": 0.0,
+    }
     flipped = again.with_columns(quality=1 - pl.col("quality"))
     other = of(examine(pl.concat([tiny_log, flipped]), catalog, now=NOW))["label noise"]
     assert other.state == "partly" and other.numbers["share_of_variance"] == 1.0
+
+
+def test_repeated_greetings_say_nothing_of_other_questions(tiny_log: pl.DataFrame, catalog: Catalog) -> None:
+    """40 greetings five times each, always good; all other labels are coin tosses."""
+    rng = np.random.default_rng(0)
+    log = pl.concat([tiny_log.head(1)] * 1000).with_columns(
+        request_id=pl.format("r{}", pl.int_range(pl.len())),
+        prompt=pl.format("{}", pl.when(pl.int_range(pl.len()) < 200).then(pl.int_range(pl.len()) // 5)
+                         .otherwise(pl.int_range(pl.len()) + 1000)),
+    )  # fmt: skip
+    greeting = np.arange(1000) < 200
+
+    def said(quality: np.ndarray) -> Check:
+        return of(examine(log.with_columns(quality=pl.Series(quality.astype(float))), catalog, now=NOW))["label noise"]
+
+    always = said(np.where(greeting, 1.0, rng.random(1000) < 0.5))
+    assert always.state == "not known" and "(20% of the outcomes) all have one quality" in always.sentence
+    assert "share_of_variance" not in always.numbers
+    tossed = said(rng.random(1000) < 0.5)
+    assert tossed.state == "partly" and tossed.numbers["share_of_variance"] > 0.9
+    few = log.filter((pl.int_range(pl.len()) < 190) | (pl.int_range(pl.len()) >= 200))
+    found = of(examine(few.with_columns(quality=pl.Series((rng.random(990) < 0.5).astype(float))), catalog, now=NOW))
+    assert found["label noise"].state == "not known" and "says little" in found["label noise"].sentence
+
+
+def judged(tmp_path: Path, judge: list[float], more: str = "") -> Path:
+    """An imported log of 400 answers with a quality, and a second source's word on them."""
+    first = [float(i % 3 > 0) for i in range(400)]
+    rows = [
+        {"request_id": f"r{i}", "time": f"2026-01-{1 + i // 100:02d}T{i % 24:02d}:00:{i % 60:02d}Z",
+         "model": "mn"[i % 2], "quality": q, "prompt": f"word{i}", "propensity": 0.5, "cost_usd": 0.1}
+        for i, q in enumerate(first)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    import_log("table", str(tmp_path / "rows.jsonl"), out=tmp_path / "log")
+    lines = "".join(f"r{i},{value}\n" for i, value in enumerate(judge))
+    (tmp_path / "judge.csv").write_text("request_id,value\n" + lines)
+    import_feedback(
+        read_signals(tmp_path / "judge.csv", source="judge"), out=tmp_path / "log",
+        feedback=[parse_rule("judge=score,reliability=0.8")],
+    )  # fmt: skip
+    return tmp_path / "log"
+
+
+def test_a_second_source_shows_how_far_labels_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, right, state in (("against", 0.0, "partly"), ("with", 0.95, "good"), ("coin", 0.5, "partly")):
+        rng = np.random.default_rng(1)
+        agree = rng.random(400) < right
+        judge = [float((i % 3 > 0) == bool(agree[i])) for i in range(400)]
+        (tmp_path / name).mkdir()
+        log = judged(tmp_path / name, judge)
+        before = {file.name: file.stat().st_mtime_ns for file in log.iterdir()}
+        path = tmp_path / f"{name}.json"
+        run(capsys, "doctor", str(log), "--json", str(path))
+        assert {file.name: file.stat().st_mtime_ns for file in log.iterdir()} == before, "reading changes nothing"
+        said = json.loads(path.read_text())
+        noise = next(check for check in said["checks"] if check["topic"] == "label noise")
+        (pair,) = noise["numbers"]["sources"]
+        truth = cohen_kappa_score([i % 3 > 0 for i in range(400)], [value > 0 for value in judge])
+        assert noise["state"] == state and "400 answers that judge and row both judge" in noise["sentence"]
+        assert pair["kappa"] == pytest.approx(truth) and pair["low"] < max(truth, -0.9) and truth < pair["high"]
+        assert pair["high"] - pair["low"] < 0.25 and pair["alike"] == pytest.approx(agree.mean())
+        remedies = [remedy["what"] for remedy in said["remedies"]]
+        assert ("which of judge and row is right" in remedies) == (state == "partly")
+        assert "a second judgement of some answers" not in remedies
+
+
+def test_sources_that_always_say_the_same_show_no_agreement() -> None:
+    rows = [{"row": i, "request_id": f"r{i}", "source": s, "q": 1.0} for i in range(50) for s in "ab"]
+    assert log_checks._agreements(pl.DataFrame(rows)) == []
 
 
 def test_feedback_by_source_and_by_model(tiny_log: pl.DataFrame, catalog: Catalog) -> None:

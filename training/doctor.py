@@ -24,10 +24,13 @@ _HAS_TEXT = pl.col("prompt").is_not_null() | pl.col("messages").is_not_null()
 _CHOSEN = pl.coalesce("fallback_from", "model")
 
 
-def examine(log: pl.DataFrame, catalog: Catalog | None, *, now: datetime | None = None) -> Examination:
+def examine(
+    log: pl.DataFrame, catalog: Catalog | None, *, judgements: pl.DataFrame | None = None, now: datetime | None = None
+) -> Examination:
     """Looks at a log (`LOG_SCHEMA`), without training anything; `now` (default: the clock) is what freshness is from.
 
     Without a catalogue every model counts as a candidate, and none has a card. Candidates are the catalogue's models.
+    `judgements` is what several sources say of the same answers (`importers.settle.judgements_of` an imported log).
     An outcome is a known quality on a row with a prompt: without a prompt nothing can be learnt from it. What is said
     of always choosing a model is by `training.support`, from logged propensities alone. Raises nothing for a log that
     supports nothing: that is what it says then.
@@ -55,7 +58,7 @@ def examine(log: pl.DataFrame, catalog: Catalog | None, *, now: datetime | None 
         log_checks.propensities(log),
         log_checks.off_policy(models, overlap),
         log_checks.outcomes(log, feedback),
-        log_checks.noise(log),
+        log_checks.noise(log, judgements),
         log_checks.learning(models, log),
         *log_checks.complete(log),
         log_checks.sessions(log),

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from router_ml.errors import InputError
+from router_ml.types import CACHED
 
 RuleKind = Literal["thumbs", "stars", "score", "labels", "regeneration", "copy"]
 Spread = Literal["last", "only", "every"]
@@ -205,13 +206,26 @@ def qualities(
     """The quality of rows from signals: ((`row`, `quality`, `quality_source`), the `_signal`s that found an answer,
     those that could be of several).
 
+    `rows`, `signals` and `own` as in `by_source`. Rows that no signal is about are left out. `quality_source` is the
+    sources' names in the order of the alphabet, joined by "+".
+    """
+    newest, about, ambiguous = by_source(rows, signals, own)
+    mean = ((pl.col("q") * pl.col("w")).sum() / pl.col("w").sum()).clip(0, 1)
+    named = pl.col("source").unique(maintain_order=True).str.join("+")
+    said = newest.group_by("row", maintain_order=True).agg(quality=mean, quality_source=named)
+    return said, about, ambiguous
+
+
+def by_source(
+    rows: pl.DataFrame, signals: pl.DataFrame, own: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.Series, pl.Series]:
+    """What each source says last of each row that signals are about: ((`row`, `source`, `q`, `w`), and as `qualities`).
+
     `rows` has `row` (a number), `time`, `request_id`, `trace_id`, `response_id`, `model`, `status`; `signals` has
     `_signal` (a number) and what `apply_rules` adds, no null in it; `own` (`row`, `source`, `q`, `w`) is what rows said
     of themselves, as if it were the oldest signal. A signal that names an answer goes to it, by its request_id first;
     of a request that was sent to several models to the one that its response_id, trace_id or model names, otherwise to
     none. One that names a trace alone goes as its rule says, and never to a call that failed where another succeeded.
-    Rows that no signal is about are left out. `quality_source` is the sources' names in the order of the alphabet,
-    joined by "+".
     """
     wanted = ["row", "source", "time", "_signal", "q", "w"]
     of_request, ambiguous = _of_request(rows, signals.filter(_names("request_id", ())))
@@ -220,7 +234,7 @@ def qualities(
     found.append(of_response.join(rows.select("row", "response_id"), on="response_id", how="inner").select(wanted))
     of_trace = signals.filter(_names("trace_id", ("request_id", "response_id")))
     traces = rows.filter(pl.col("trace_id").is_in(of_trace["trace_id"].unique().implode())).sort("time", "row")
-    failed = (pl.col("status") != "ok").fill_null(False)  # of a cached answer, which has none, nothing failed
+    failed = (~pl.col("status").is_in(["ok", CACHED])).fill_null(False)
     traces = traces.filter(~failed | failed.all().over("trace_id"))
     traces = traces.select("trace_id", "row", _n=pl.len().over("trace_id"), _at=pl.int_range(pl.len()).over("trace_id"))
     gets = {"last": pl.col("_at") == pl.col("_n") - 1, "only": pl.col("_n") == 1, "every": pl.lit(True)}
@@ -239,10 +253,7 @@ def qualities(
         .last()
         .sort("row", "source")
     )
-    mean = ((pl.col("q") * pl.col("w")).sum() / pl.col("w").sum()).clip(0, 1)
-    named = pl.col("source").unique(maintain_order=True).str.join("+")
-    said = newest.group_by("row", maintain_order=True).agg(quality=mean, quality_source=named)
-    return said, about["_signal"].unique(), ambiguous
+    return newest.select("row", "source", "q", "w"), about["_signal"].unique(), ambiguous
 
 
 def _of_request(rows: pl.DataFrame, signals: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:

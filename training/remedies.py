@@ -65,6 +65,17 @@ def remedies_for(checks: Sequence[Check], models: pl.DataFrame) -> tuple[Remedy,
             "more outcomes of models that have few", f"{LEAST_OUTCOMES} are the least to learn from: {few}",
             "router-ml explore MODEL_A MODEL_B --logs LOG --plan --out policy.toml says how many, and what they cost",
         ))  # fmt: skip
+    judged = Remedy(
+        "a second judgement of some answers", "it shows how far labels can be trusted",
+        "bring a second source: router-ml import feedback FILE --out LOG --rule judge=score,reliability=0.8",
+    )  # fmt: skip
+    if lacks("label noise") and (pairs := of["label noise"].numbers.get("sources")):
+        a, b = pairs[0]["a"], pairs[0]["b"]
+        judged = Remedy(
+            f"which of {a} and {b} is right", "they disagree, and what is learnt is their mean",
+            "look at some answers on which they differ, and weigh the better one more: router-ml import feedback FILE "
+            "--out LOG --rule NAME=score,reliability=0.95 --rule OTHER=score,reliability=0.6",
+        )  # fmt: skip
     later = (
         ("cost and tokens", ("missing", "partly"), Remedy(
             "tokens, or costs", "costs are the other half of the choice",
@@ -78,10 +89,7 @@ def remedies_for(checks: Sequence[Check], models: pl.DataFrame) -> tuple[Remedy,
             "sessions", "requests of one conversation are not independent, and share a prompt cache",
             "send session with POST /route; in a gateway's log, its session id",
         )),
-        ("label noise", ("not known", "partly"), Remedy(
-            "a second judgement of some answers", "it shows how far labels can be trusted",
-            "bring a second source: router-ml import feedback FILE --out LOG --rule judge=score,reliability=0.8",
-        )),
+        ("label noise", ("not known", "partly"), judged),
         ("time", ("missing", "partly"), Remedy(
             "newer requests", "models and traffic change",
             "run the same router-ml import again: it adds what is new",

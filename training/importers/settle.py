@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 
 import polars as pl
 
+from router_ml.errors import InputError
 from router_ml.log_schema import LOG_SCHEMA
-from training.feedback import Rule, apply_rules, qualities
+from training.feedback import Rule, apply_rules, by_source, qualities, rule_of
 from training.importers.batch import JOINS, SIGNALS
-from training.importers.state import LogFolder, Part
+from training.importers.state import LOG, LogFolder, Part, State, read_json
 
 # What stands beside each row of the log: what feedback finds it by, and the quality that the row itself came with.
 JOINS_SCHEMA = pl.Schema(
@@ -168,11 +170,11 @@ def _newest(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
     return found.select(old.columns)
 
 
-def signals_of(folder: LogFolder) -> pl.DataFrame:
+def signals_of(path: Path, state: State) -> pl.DataFrame:
     """All signals of a log, each once: of those with one id the newest by its time, of several times the last read."""
-    if not folder.state.signals:
+    if not state.signals:
         return pl.DataFrame(schema=SIGNALS)
-    files = [pl.read_parquet(folder.path / name) for name in folder.state.signals]
+    files = [pl.read_parquet(path / name) for name in state.signals]
     signals = pl.concat([pl.DataFrame(schema=SIGNALS), *files], how="diagonal")  # older ones name no model
     content = [name for name in SIGNALS if name != "signal"]
     by_id = (
@@ -195,15 +197,50 @@ def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFram
     if not state.signals:
         more = {"q": pl.Float64(), "w": pl.Float64(), "joined": pl.Boolean(), "ambiguous": pl.Boolean()}
         return pl.DataFrame(schema={**SIGNALS, **more}), 0
-    signals = signals_of(folder)
+    signals = signals_of(folder.path, state)
     if len(state.signals) > 1:
         state.signals = [folder.write(signals, "signals")]
     signals = apply_rules(signals, rules).with_row_index("_signal")
+    rows, heard, own = _about(folder.path, state, signals, rules)
+    found, joined, ambiguous = qualities(rows, heard, own)
+    found = found.join(rows.select("row", "part", "at"), on="row")
+    changed = sum(_requality(folder, at, found.filter(pl.col("part") == at)) for at in range(len(state.parts)))
+    has = {name: pl.col("_signal").is_in(ids.implode()) for name, ids in (("joined", joined), ("ambiguous", ambiguous))}
+    return signals.with_columns(**has).drop("_signal"), changed
+
+
+def judgements_of(path: Path) -> pl.DataFrame | None:
+    """What each source says of each row that signals are about: (`row`, a number, `request_id`, `source`, `q`).
+
+    `q` is its quality under the log's rules, that which the row came with among them. None where the log was not made
+    by importing or has no signals. Changes nothing. Raises InputError where files are missing.
+    """
+    committed = read_json(path / LOG)
+    if committed is None or "import" not in committed:
+        return None
+    try:
+        state = State.from_json(committed["import"])
+        if not state.signals:
+            return None
+        rules = [rule_of(rule, str(path)) for rule in state.rules]
+        signals = apply_rules(signals_of(path, state), rules).with_row_index("_signal")
+        rows, heard, own = _about(path, state, signals, rules)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the feedback of {path} is not readable ({error}): is an import under way? Try again"
+        ) from None
+    return by_source(rows, heard, own)[0].join(rows.select("row", "request_id"), on="row").drop("w")
+
+
+def _about(
+    path: Path, state: State, signals: pl.DataFrame, rules: Sequence[Rule]
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """(rows that signals are about, signals that say something, what these rows said of themselves)."""
     heard = signals.filter(pl.col("q").is_not_null() & (pl.col("w") > 0))
     keys = {name: heard[name].drop_nulls().unique().implode() for name in ("request_id", *JOINS)}
     about = [
-        pl.read_parquet(folder.path / part.joins)
-        .hstack(pl.read_parquet(folder.path / part.file, columns=["model", "status"]))
+        pl.read_parquet(path / part.joins)
+        .hstack(pl.read_parquet(path / part.file, columns=["model", "status"]))
         .with_columns(part=pl.lit(at, pl.Int64), at=pl.int_range(pl.len(), dtype=pl.Int64))
         .filter(pl.any_horizontal(pl.col(name).is_in(ids).fill_null(False) for name, ids in keys.items()))
         for at, part in enumerate(state.parts)
@@ -215,11 +252,7 @@ def take_feedback(folder: LogFolder, rules: Sequence[Rule]) -> tuple[pl.DataFram
         ),
         rules,
     ).select("row", "source", q="value", w=pl.col("w").fill_null(1.0))
-    found, joined, ambiguous = qualities(rows, heard, own.filter(pl.col("q").is_not_null()))
-    found = found.join(rows.select("row", "part", "at"), on="row")
-    changed = sum(_requality(folder, at, found.filter(pl.col("part") == at)) for at in range(len(state.parts)))
-    has = {name: pl.col("_signal").is_in(ids.implode()) for name, ids in (("joined", joined), ("ambiguous", ambiguous))}
-    return signals.with_columns(**has).drop("_signal"), changed
+    return rows, heard, own.filter(pl.col("q").is_not_null())
 
 
 def _requality(folder: LogFolder, at: int, found: pl.DataFrame) -> int:
