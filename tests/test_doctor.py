@@ -18,7 +18,7 @@ from router_ml.cli import main
 from router_ml.log_schema import LOG_SCHEMA
 from router_ml.logs import read_log
 from router_ml.store import Store
-from training import log_checks
+from training import label_noise
 from training.compare import compare
 from training.doctor import examine
 from training.examination import LEAST_OUTCOMES, Check, Examination
@@ -244,7 +244,7 @@ def test_a_second_source_shows_how_far_labels_agree(tmp_path: Path, capsys: pyte
 
 def test_sources_that_always_say_the_same_show_no_agreement() -> None:
     rows = [{"row": i, "request_id": f"r{i}", "source": s, "q": 1.0} for i in range(50) for s in "ab"]
-    assert log_checks._agreements(pl.DataFrame(rows)) == []
+    assert label_noise._agreements(pl.DataFrame(rows)) == []
 
 
 def test_feedback_by_source_and_by_model(tiny_log: pl.DataFrame, catalog: Catalog) -> None:

@@ -15,6 +15,7 @@ from training import log_checks
 from training.compare import LEAST_PAIRS
 from training.dataset import FAILURES
 from training.examination import GOOD_OUTCOMES, LEAST_OUTCOMES, Check, Examination
+from training.label_noise import label_noise
 from training.logged import Logged, logged_of, one_row_a_request
 from training.remedies import remedies_for
 from training.support import CERTAIN, support_of, supported, unsupported_of, why_not_identifiable
@@ -58,7 +59,7 @@ def examine(
         log_checks.propensities(log),
         log_checks.off_policy(models, overlap),
         log_checks.outcomes(log, feedback),
-        log_checks.noise(log, judgements),
+        label_noise(log, judgements),
         log_checks.learning(models, log),
         *log_checks.complete(log),
         log_checks.sessions(log),
