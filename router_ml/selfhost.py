@@ -226,9 +226,7 @@ def by_volume(hosting: Hosting, cards: Sequence[ModelCard], scales: Sequence[flo
     work = sum(deployment.load(traffic)) * times[:, None]
     running, busy = _sized(deployment, traffic, work)
     own = _gpu_usd(deployment, running, busy) * MONTH_HOURS / work.shape[1] + deployment.ops_usd_per_month
-    others = {
-        card.id: traffic.usd_per_month(*traffic.prices_of(card)) * times for card in cards
-    }
+    others = {card.id: traffic.usd_per_month(*traffic.prices_of(card)) * times for card in cards}
     overflow = 1.0 - busy.sum(axis=1) / work.sum(axis=1)
     each = tuple(against(hosting, card) for card in cards)
     return Volumes(times * traffic.mtok_per_month, own, overflow, others, each, traffic.mtok_per_month)
