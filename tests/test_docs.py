@@ -35,7 +35,7 @@ LEAVES = {
 }  # fmt: skip
 # Commands that no test runs as they stand, and why. Each has to be in a document, so that the list stays true.
 NOT_RUN = {
-    r"make (demo|test|setup|fuzz|lint|docs)\b": "this is make test; test_demo.py, test_reference.py run their work",
+    r"make (demo|test|setup|fuzz|lint|docs|notebooks)\b": "this is make test; test_demo.py, test_notebooks.py run them",
     r"python -m benchmarks\.\w+": "hours, on published data; test_benchmarks.py runs the benchmarks on little of it",
     r"router-ml (import outcomes|train) .*(mmlu_pro|--logs log )": "published data that a clone lacks, minutes",
     r"docker (build|run) ": "needs a container engine and a registry",
