@@ -33,7 +33,7 @@ from training.candidates import first_named
 from training.challenge import Contender
 from training.gate import Verdict
 from training.importers.importing import ImportSummary, import_log
-from training.report import publish
+from training.report import publish, publish_bundle
 from training.simulate import simulate
 from training.tracking import register_bundle
 from training.train import Training, train
@@ -115,12 +115,8 @@ class Workbench:
         """
         if self.own and not self._has(CHALLENGER):
             self.champion()
-            made = read_bundle(self._train(self.log, self.catalog, self.bundle)).manifest
-            version = register_bundle(
-                self.bundle, tracking_uri=self.registry, name=self.name, metrics=made["metrics"],
-                params={name: made[name] for name in ("quality_threshold", "holdout", "seed", "keep_prompts")},
-            )  # fmt: skip
-            registry.enter(self.registry, self.name, version.version)
+            made = self._train(self.log, self.catalog, self.bundle)
+            publish_bundle(made, tracking_uri=self.registry, name=self.name)
         return self._entry(CHALLENGER)
 
     def register(self, made: Training) -> ModelVersion:
