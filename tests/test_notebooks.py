@@ -129,7 +129,7 @@ def test_everything_that_it_speaks_of_exists(name: str) -> None:
         assert any((ROOT / Path(*parts[:end])).with_suffix(".py").is_file() for end in (len(parts), len(parts) - 1))
 
 
-def executed(folder: Path, *names: str, timeout: int = 850) -> dict[str, str]:
+def executed(folder: Path, *names: str, timeout: int = 1700) -> dict[str, str]:
     """Runs notebooks by nbmake in their order, and gives what each showed as text; fails with what failed."""
     files = [f"{name}.ipynb" for name in names]
     command = [
@@ -157,7 +157,7 @@ def executed(folder: Path, *names: str, timeout: int = 850) -> dict[str, str]:
     return shown
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_they_run_on_a_small_log(tmp_path: Path) -> None:
     """The later ones first: none needs what an earlier one has made, and all share what is there."""
     for name in NAMES:
