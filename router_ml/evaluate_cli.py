@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from router_ml.errors import InputError, NoAliasError, RegistryError, RouterError
-from router_ml.rollout_cli import WHO
-from router_ml.terminal import TRACKING, PathArg, stages
+from router_ml.rollout_cli import OUTCOME, WHO
+from router_ml.terminal import TRACKING, Outcome, PathArg, stages
 from router_ml.tune_cli import CONFIDENCE, LOGS, POLICY, log_rows, write_json
 
 if TYPE_CHECKING:
@@ -125,11 +125,13 @@ def evaluate(
 @judged_by
 @click.option("--force", is_flag=True, help="Promote whatever the conditions say; needs --reason and --store.")
 @click.option("--reason", help="Why; kept with the version and in the audit log.")
+@OUTCOME
 @WHO
 @TRACKING
 def promote(
-    name: str, version: str | None, basis: _Basis, force: bool, reason: str | None, who: str, tracking_uri: str
-) -> None:
+    name: str, version: str | None, basis: _Basis, force: bool, reason: str | None, as_json: bool, who: str,
+    tracking_uri: str,
+) -> None:  # fmt: skip
     """Make VERSION of NAME (by default its challenger) the champion, if every condition holds.
 
     It is compared with the champion on the newest rows that neither has learnt from. The one before stays under the
@@ -138,12 +140,15 @@ def promote(
     Example: router-ml promote router 3 --logs logs --store router-ml.db
     """
     from router_ml import registry, rollout
-    from training.challenge_report import conditions_text, log_report
+    from training.challenge_report import conditions_text, judged_rows, log_report
     from training.gate import Verdict, golden_rows, taken_back
 
     if force and (not (reason or "").strip() or basis.store is None):
         raise InputError("--force needs --reason, which is kept, and --store, whose audit log is told")
+    out = Outcome(as_json)
+    out.stage("fetching the two bundles")
     wanted = registry.resolve(tracking_uri, name, "challenger").version if version is None else version
+    found: Any = None
     verdict: Any = None
     with _both(tracking_uri, f"{name}/{wanted}", None) as (new, old):
         assert new.version is not None
@@ -158,11 +163,12 @@ def promote(
         gate: dict[str, Any] | None = None
         try:
             if old is None:
-                click.echo(f"{name} has no champion: there is nothing to compare version {wanted} with")
+                out.say(f"{name} has no champion: there is nothing to compare version {wanted} with")
                 back = rollout.rolled_back(tracking_uri, name, new.version.version)
                 verdict = Verdict((golden_rows(new.bundle), *([] if back is None else [taken_back(back)])))
             elif basis.logs is not None or not force:
-                found, verdict = _judged(new, old, basis, tracking_uri)
+                found, verdict = _judged(new, old, basis, tracking_uri, out.stage)
+                out.stage("keeping the report with the version")
                 log_report(tracking_uri, new.version, found, verdict)
             gate = None if verdict is None else verdict.to_json()
         except RouterError as error:
@@ -170,11 +176,17 @@ def promote(
                 raise
             gate = {"passed": False, "error": str(error)}
             click.echo(f"not judged: {error}", err=True)
-        click.echo("\n".join(conditions_text(verdict) if verdict else ["not judged"]))
+        out.say("\n".join(conditions_text(verdict) if verdict else ["not judged"]))
+        result = {
+            "name": name, "version": wanted, "before": before or None, "bundle": new.version.tags.get("bundle_version"),
+            "judged": None if found is None else judged_rows(found),
+            "conditions": [] if verdict is None else [asdict(condition) for condition in verdict.conditions],
+        }  # fmt: skip
         if verdict is not None and not verdict.passed and not force:
             failed = ", ".join(condition.name for condition in verdict.failed)
-            click.echo(f"{name} version {wanted} is not promoted: {failed}", err=True)
+            out.end(f"{name} version {wanted} is not promoted: {failed}", {**result, "moved": False}, err=True)
             sys.exit(1)
+        out.stage("moving the alias", moving=True)
         moved = rollout.promote(
             tracking_uri,
             name,
@@ -187,7 +199,10 @@ def promote(
             expected=before,
         )
     said = f"; version {moved.before} was it before" if moved.before is not None else ""
-    click.echo(f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}")
+    out.end(
+        f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}",
+        {**result, "moved": True},
+    )
 
 
 @dataclass(frozen=True)
@@ -237,21 +252,32 @@ def _named(uri: str, address: str, alias: str, to: Path) -> _Named:
     return _Named(registry.download(uri, name, version.version, to), version)
 
 
-def _judged(new: _Named, old: _Named, basis: _Basis, uri: str) -> tuple[Any, Any]:
-    """What the log says of the challenger, and the verdict."""
+def _judged(
+    new: _Named, old: _Named, basis: _Basis, uri: str, stage: Callable[[str], None] = lambda stage: None
+) -> tuple[Any, Any]:
+    """What the log says of the challenger, and the verdict; `stage` is told what begins."""
     from router_ml.rollout import rolled_back
     from training.challenge import Contender, challenge
     from training.gate import Limits, judge
 
     limits = Limits(**basis.limits)
+    stage("reading the log")
     rows = log_rows(basis.logs, None if basis.logs is not None else basis.store)
     under = policy_under(basis.policy, basis.store)
     champion, challenger = Contender.load(old.bundle, under), Contender.load(new.bundle, under)
-    with stages(transient=True) as report:
+    what = f"judging the newest of the log's {len(rows):,} rows"
+    stage(what)
+    with stages(transient=True) as shown:
+
+        def report(part: str, share: float) -> None:
+            shown(part, share)
+            stage(f"{what}: {part}, {share:.0%}")
+
         found = challenge(
             champion, challenger, rows, since=basis.since, cluster=basis.cluster, confidence=basis.confidence,
             report=report,
         )  # fmt: skip
+    stage("holding the conditions against it")
     before = None if new.version is None else rolled_back(uri, new.version.name, new.version.version)
     verdict = judge(found, champion.router, challenger.router, bundle=new.bundle, limits=limits, rolled_back=before)
     return found, verdict

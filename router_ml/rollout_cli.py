@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from router_ml.errors import InputError, MovedError, NoWayBackError, RouterError, UnreachableError
-from router_ml.terminal import TRACKING
+from router_ml.terminal import TRACKING, Outcome
+from router_ml.writing import finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,9 @@ def user() -> str:
         return f"user {os.getuid()}"
 
 
+OUTCOME = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object a line: stages as they begin, then what came of it."
+)
 WHO = click.option("--who", default=user, show_default="the user", help="Who does it, for tags and audit log.")
 
 
@@ -46,30 +50,44 @@ WHO = click.option("--who", default=user, show_default="the user", help="Who doe
 @click.option("--reason", required=True, help="Why; it keeps this bundle from being promoted again unawares.")
 @click.option("--store", help="The service's store, whose audit log is told: SQLite file or SQLAlchemy URL.")
 @click.option("--expected", metavar="VERSION", help="Only if this version is champion still.")
+@OUTCOME
 @WHO
 @TRACKING
-def rollback(name: str, reason: str, store: str | None, expected: str | None, who: str, tracking_uri: str) -> None:
+def rollback(
+    name: str, reason: str, store: str | None, expected: str | None, as_json: bool, who: str, tracking_uri: str
+) -> None:
     """Make the version before champion again; once more goes further back.
 
     Example: router-ml rollback router --reason "answers got worse" --store router-ml.db
     """
     from router_ml.rollout import rollback as run
 
+    out = Outcome(as_json)
+    out.stage("moving the alias", moving=True)
     moved = run(tracking_uri, name, who=who, reason=reason, expected=expected, store=store)
-    click.echo(f"{name} version {moved.version} is champion again; version {moved.before} is rolled back")
+    out.end(
+        f"{name} version {moved.version} is champion again; version {moved.before} is rolled back",
+        {"name": name, "version": moved.version, "before": moved.before, "moved": True},
+    )
 
 
 @click.command()
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the gate's summary with it.")
+@click.option("--full", is_flag=True, help="The same with metrics and the last evaluation, one JSON object a line.")
 @TRACKING
-def history(name: str, as_json: bool, tracking_uri: str) -> None:
+def history(name: str, as_json: bool, full: bool, tracking_uri: str) -> None:
     """List the versions of NAME: promoted and rolled back when, by whom and why.
 
     Example: router-ml history router
     """
+    from router_ml.releases import releases
     from router_ml.rollout import history as run
 
+    if full:
+        for row in releases(tracking_uri, name):
+            click.echo(json.dumps(finite(row)))
+        return
     for past in run(tracking_uri, name):
         if as_json:
             row = {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(past).items()}

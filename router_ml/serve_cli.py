@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-keys", type=ExistingFile, help="TOML file of keys: hashes, scopes, bounds.")
 @click.option("--tradeoff", type=PathArg, help="A file of router-ml tradeoff, for the console; followed.")
+@click.option(
+    "--release-logs", type=click.Path(exists=True, path_type=Path),
+    help="The log that the console's promotions are judged on; by default the store.",
+)  # fmt: skip
 @click.option("--max-body-bytes", default=2 * 1024 * 1024, show_default=True, help="Of a request's body.")
 @click.option("--max-messages", default=2_000, show_default=True, help="Of a request's conversation.")
 @click.option("--max-candidates", default=1_000, show_default=True, help="That a request may name.")
@@ -76,8 +80,8 @@ log = logging.getLogger(__name__)
 def serve(
     bundle: Path | None, model: str | None, cache: Path, poll_seconds: float, challenger: Path | None,
     challenger_alias: str | None, policy: Path | None, store: str, spool: Path | None, store_prompts: str,
-    host: str, port: int, api_keys: Path | None, tradeoff: Path | None, max_body_bytes: int,
-    max_messages: int, max_candidates: int,
+    host: str, port: int, api_keys: Path | None, tradeoff: Path | None, release_logs: Path | None,
+    max_body_bytes: int, max_messages: int, max_candidates: int,
     request_seconds: float, session_seconds: float, embed_deadline_ms: float, drain_seconds: float,
     replicas: int, baseline_model: str | None, log_format: str, otlp_endpoint: str | None, tracking_uri: str,
 ) -> None:  # fmt: skip
@@ -98,7 +102,8 @@ def serve(
             store_prompts=store_prompts,  # type: ignore[arg-type]
             host=host, port=port, session_seconds=session_seconds, embed_deadline_ms=embed_deadline_ms,
             api_keys=read_api_keys(api_keys, os.environ.get(KEYS_VARIABLE)),
-            tradeoff=tradeoff, max_body_bytes=max_body_bytes, max_messages=max_messages, max_candidates=max_candidates,
+            tradeoff=tradeoff, release_logs=release_logs, max_body_bytes=max_body_bytes, max_messages=max_messages,
+            max_candidates=max_candidates,
             request_seconds=request_seconds, drain_seconds=drain_seconds, replicas=replicas,
             baseline_model=baseline_model,
             log_format=log_format, otlp_endpoint=otlp_endpoint,  # type: ignore[arg-type]

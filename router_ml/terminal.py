@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from router_ml.errors import RouterError
+from router_ml.writing import finite
 
 if TYPE_CHECKING:
     from router_ml.logs import LogSummary
@@ -70,6 +72,34 @@ class Commands(click.Group):
                 err=True,
             )
             ctx.exit(130)
+
+
+class Outcome:
+    """What a command tells of its work: lines for a person, or one JSON object a line for a program."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def stage(self, stage: str, *, moving: bool = False) -> None:
+        """What begins now, for a program that shows it; `moving`: from here on registry and audit log may change."""
+        if self.as_json:
+            self._put({"stage": stage, "moving": moving})
+
+    def say(self, line: str) -> None:
+        """A line for a person."""
+        if not self.as_json:
+            click.echo(line)
+
+    def end(self, line: str, result: Mapping[str, Any], *, err: bool = False) -> None:
+        """What came of it: `line` for a person (on stderr with `err`), `result` with that line for a program."""
+        if self.as_json:
+            self._put({"result": finite({**result, "says": line})})
+        else:
+            click.echo(line, err=err)
+
+    @staticmethod
+    def _put(value: Mapping[str, Any]) -> None:
+        click.echo(json.dumps(value, allow_nan=False))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from serving.challenger import Challenger
 from serving.connections import BoundedProtocol
 from serving.console import api as console
 from serving.console import pages
+from serving.console.releasing import Releases
 from serving.console.tradeoff_file import TradeOffFile
 from serving.follower import Follower
 from serving.health import Health
@@ -80,8 +81,9 @@ def create_app(settings: Settings) -> Front:
     shadow = _shadow(settings, store)
     if shadow is not None:
         metrics.registry.register(shadow)
+    releases = Releases(settings, store, (lambda: None) if follower is None else follower.ask)  # served without a wait
     service = Service(
-        settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored,
+        settings, ApiKeys(settings.api_keys), live, store, metrics, health, shared, sessions, stored, releases,
         follower=follower, tracing=_tracing(settings), shadow=shadow, tradeoff=TradeOffFile(settings.tradeoff),
         capacity=Capacity(replicas=settings.replicas),
     )  # fmt: skip
@@ -114,6 +116,7 @@ def create_app(settings: Settings) -> Front:
         service.draining = True
         for task in running:
             task.cancel()
+        await service.releases.close()
         for following in (follower, None if shadow is None else shadow.challenger.follower):
             if following is not None:
                 await asyncio.to_thread(following.close)

@@ -36,6 +36,8 @@ TITLES = {
     "method-not-allowed": "This path takes another method",
     "stale-version": "It has changed meanwhile",
     "policy-file": "A file sets the policy",
+    "busy": "Another one is at work",
+    "unsupported": "This service cannot do it",
     "conflict": "The Idempotency-Key was used for something else",
     "timeout": "The request came too slowly",
     "too-large": "The body is too large",

@@ -18,6 +18,7 @@ from router_ml.session import Session
 from router_ml.store import Store
 from router_ml.types import CACHED, CandidateFeatures, Estimate, Outcome, RouteDecision, RouteRequest
 from serving.capacity import Capacity
+from serving.console.releasing import Releases
 from serving.console.tradeoff_file import TradeOffFile
 from serving.embedding import Stand
 from serving.follower import Follower
@@ -55,6 +56,7 @@ class Service:
     shared: Shared
     sessions: Sessions
     stored_sessions: StoredSessions
+    releases: Releases
     routed: OrderedDict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=OrderedDict)
     """The latest decisions whose outcome is awaited, by id: their models in order, and the name of the key that asked.
 

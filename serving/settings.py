@@ -48,7 +48,8 @@ class Settings:
     Metrics compare what decisions cost with `baseline_model` (None: the model with the highest rate of acceptable
     answers in the training log). `log_format` is that of the log's lines. Spans go to the OTLP collector at
     `otlp_endpoint`, such as "http://127.0.0.1:4318" (None: where OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set).
-    `tradeoff` is a file of `router-ml tradeoff` that the console shows, looked at again when it has changed.
+    `tradeoff` is a file of `router-ml tradeoff` that the console shows, looked at again when it has changed. With
+    `model`, the console promotes versions that pass the gate on the log `release_logs` (None: on the store).
     `max_body_bytes`, `max_messages` and `max_candidates` bound one request, and its head and its body each have
     `request_seconds` to arrive.
     Raises InputError for a value out of range, and for a host beyond loopback without keys.
@@ -72,6 +73,7 @@ class Settings:
     port: int = 8000
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict, repr=False)
     tradeoff: Path | None = None
+    release_logs: Path | None = None
     max_body_bytes: int = 2 * 1024 * 1024
     max_waiting: int = 100
     max_messages: int = 2_000

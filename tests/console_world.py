@@ -30,6 +30,7 @@ KEYS: dict[str, Any] = {
     "gateway": {"sha256": sha256("gateway-key")},
     "of-acme": {"sha256": sha256("acme-key"), "scopes": ["read"], "tenant": "acme"},
 }
+PICTURES = os.environ.get("ROUTER_ML_PICTURES")  # a folder, such as docs/images: screenshots go there
 SETTINGS = (0.0, 0.3, 0.5, 0.6, 0.65, 0.75, 0.8, 0.9, 0.95)
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=2</script>'
 
@@ -160,6 +161,12 @@ def page(of: Console, key: str | None, view: str = "tradeoff", **context: Any) -
         yield made, seen
     finally:
         tab.close()
+
+
+def picture(tab: Page, name: str, **options: Any) -> None:
+    if PICTURES:
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        tab.screenshot(path=Path(PICTURES) / f"{name}.png", **options)
 
 
 def at(tab: Page) -> float:

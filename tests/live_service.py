@@ -73,7 +73,7 @@ try:
     from serving.health import HealthSettings
     values = json.loads(sys.argv[1])
     values["health"] = HealthSettings(**values.get("health", {}))
-    paths = ("bundle", "challenger", "policy", "cache", "spool")
+    paths = ("bundle", "challenger", "policy", "cache", "spool", "release_logs")
     serve(Settings(**{k: Path(v) if k in paths else v for k, v in values.items()}))
 except RouterError as error:
     print(f"Error: {error}", file=sys.stderr)
@@ -102,9 +102,9 @@ def start_process(
 
 
 @contextlib.contextmanager
-def process(**settings: Any) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A process that serves, ready; it is killed at the end if it still runs."""
-    port = free_port()
+def process(port: int | None = None, **settings: Any) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A process that serves, ready, by default on a free port; it is killed at the end if it still runs."""
+    port = port or free_port()
     started = start_process(port=port, **settings)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,15 @@ from typing import Any
 
 import pytest
 from conftest import Contest
-from console_world import EVIL, OWNER, VIEWER, Console, at, console, many, number, page, set_dial
+from console_world import EVIL, OWNER, PICTURES, VIEWER, Console, at, console, many, number, page, picture, set_dial
 from live_service import running, wait_for
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from router_ml.policy import Policy
 from serving.console.pages import FILES
 from serving.console.tradeoff_file import TradeOffFile
 
 VIEWS = ("tradeoff", "models", "decisions", "savings", "releases")
-PICTURES = os.environ.get("ROUTER_ML_PICTURES")  # a folder, such as docs/images: screenshots go there
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +35,6 @@ def _fresh_policy(request: pytest.FixtureRequest) -> Iterator[None]:
     if "world" in request.fixturenames:
         with request.getfixturevalue("world").owner as http:
             http.delete("/policy")
-
-
-def picture(tab: Page, name: str, **options: Any) -> None:
-    if PICTURES:
-        Path(PICTURES).mkdir(parents=True, exist_ok=True)
-        tab.screenshot(path=Path(PICTURES) / f"{name}.png", **options)
 
 
 def policy(world: Console) -> dict[str, Any]:

@@ -81,16 +81,22 @@ def conditions_text(verdict: Verdict) -> list[str]:
     return [f"{'holds ' if c.holds else 'FAILS '} {c.name}: {c.says}" for c in verdict.conditions]
 
 
+def judged_rows(challenge: Challenge) -> dict[str, Any]:
+    """What a challenge rests on, as JSON values: how many rows, of when, under which policies, and its notes."""
+    c = challenge
+    return {
+        "champion": c.champion, "challenger": c.challenger, "n": c.n, "considered": c.considered,
+        "outcomes": c.outcomes, "policies_in_force": list(c.policies_in_force), "oldest": c.oldest.isoformat(),
+        "newest": c.newest.isoformat(), "confidence": c.confidence, "changed": c.changed, "notes": list(c.notes),
+    }  # fmt: skip
+
+
 def as_json(challenge: Challenge, verdict: Verdict | None = None) -> dict[str, Any]:
     """Everything as JSON values: no number is not finite."""
     c = challenge
     frames = ("calibration", "frontier", "changes", "who")
     return {
-        "champion": c.champion, "challenger": c.challenger, "n": c.n, "considered": c.considered,
-        "outcomes": c.outcomes,
-        "policies_in_force": list(c.policies_in_force),
-        "oldest": c.oldest.isoformat(), "newest": c.newest.isoformat(), "confidence": c.confidence,
-        "changed": c.changed, "best_single": c.best_single, "notes": list(c.notes),
+        **judged_rows(c), "best_single": c.best_single,
         "quality": _value_json(c.quality), "cost_usd": _value_json(c.cost_usd),
         "policies": _rows(c.to_frame()), "slices": _rows(c.slices.to_frame()),
         "promise": {name: _value_json(value) for name, value in c.promise.items()},

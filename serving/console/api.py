@@ -1,20 +1,23 @@
 """What the console reads. All of it needs a key of the scope read (or admin) that speaks for no single tenant.
 
-It changes nothing: the page applies a policy with `PUT /policy`, as anyone does. Not part of the documented API.
+The page applies a policy with `PUT /policy`, as anyone does; all that changes something here is a promotion or a
+rollback, which need the scope admin. Not part of the documented API.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from router_ml.errors import InputError, RouterError
 from router_ml.stored import find_decision
 from serving.console.adding import added
+from serving.console.releasing import Action
 from serving.console.search import FILTERS, found_decisions, outcomes_of
 from serving.problems import ProblemError
 from serving.routes import JsonRoute
@@ -22,8 +25,18 @@ from serving.service import Service
 from serving.spend import baseline_order
 
 MOST_DAYS = 366
-_READ = {"x-scope": "read"}
+_READ, _ADMIN = {"x-scope": "read"}, {"x-scope": "admin"}
 api = APIRouter(route_class=JsonRoute, prefix="/console/api", include_in_schema=False)
+
+
+class MoveBody(BaseModel):
+    """The version to promote, or the champion that is to be rolled back, and why."""
+
+    max_bytes: ClassVar[int] = 16 << 10
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
 
 
 def _service(request: Request) -> Service:
@@ -42,6 +55,7 @@ async def me(request: Request) -> dict[str, Any]:
     return {
         "key": None if caller is None else caller.name,
         "may_apply": settings.policy is None and (caller is None or "admin" in caller.scopes),
+        "may_release": caller is None or "admin" in caller.scopes,
         "policy_file": None if settings.policy is None else settings.policy.name,
         "model_version": router.model_version,
         "policy_version": router.policy.version,
@@ -143,3 +157,44 @@ async def models(request: Request) -> dict[str, Any]:
         card["circuit"], card["down"] = states.get(own, "closed"), down.get(own)
         card["not_for_keys"] = sorted({*bound, *(key for key, may in keys.items() if own not in may)})
     return {"model_version": router.model_version, "models": cards, "keys": known, "time_us": time.time_ns() // 1000}
+
+
+@api.get("/releases", openapi_extra=_READ)
+async def releases(request: Request) -> dict[str, Any]:
+    """What is released here and how, and the latest promotion or rollback of this process; asks no registry."""
+    service = _service(request)
+    follower = service.follower
+    return {
+        **service.releases.described(),
+        "served_version": None if follower is None else follower.version,
+        "served_bundle": service.live.live.router.model_version,
+        "problem": None if follower is None else follower.last_error,
+        "time_us": time.time_ns() // 1000,
+    }
+
+
+@api.get("/releases/versions", openapi_extra=_READ)
+async def versions(request: Request) -> dict[str, Any]:
+    """The registry's versions, the newest first; seconds, unless somebody has just asked."""
+    return {"versions": await _service(request).releases.versions(), "time_us": time.time_ns() // 1000}
+
+
+@api.post("/releases/promote", openapi_extra=_ADMIN)
+async def promote(body: MoveBody, request: Request) -> dict[str, Any]:
+    """Begins to judge a version, and to promote it if every condition of the gate holds."""
+    return _begin("promote", body, request)
+
+
+@api.post("/releases/rollback", openapi_extra=_ADMIN)
+async def rollback(body: MoveBody, request: Request) -> dict[str, Any]:
+    """Begins to roll a champion back, if it is that still."""
+    return _begin("rollback", body, request)
+
+
+def _begin(action: Action, body: MoveBody, request: Request) -> dict[str, Any]:
+    service, caller = _service(request), request.scope["caller"]
+    reason = " ".join(body.reason.split())
+    if not reason or not reason.isprintable():
+        raise InputError("'reason' has to say why, in text without control characters")
+    service.releases.start(action, body.version, reason, "anyone" if caller is None else caller.name)
+    return {"run": service.releases.state()}

@@ -67,6 +67,39 @@ export function field(label, control) {
   return h("div", null, h("label", { for: control.id }, label), control);
 }
 
+// A text that has to say why: `problem()` is what is wrong with it.
+export function reasonField(note) {
+  const area = h("textarea", { id: "why", required: true, maxlength: 500, "aria-describedby": "why-note", autofocus: true });
+  return {
+    element: h("div", null, h("label", { for: "why" }, "Why"), area, h("p", { class: "note", id: "why-note" }, note)),
+    value: () => area.value.trim(),
+    problem: () => (area.value.trim() ? null : [area, "Say why: the reason is kept."]),
+  };
+}
+
+// Asks before something is done: true where it is to be. `problem()` gives [where, what] where it cannot be yet.
+export function ask(title, children, confirm, problem = () => null) {
+  return new Promise((answer) => {
+    let sure = false;
+    const said = h("p", { class: "worse", role: "alert" });
+    const form = h("form", { novalidate: true, onsubmit: (event) => {
+      event.preventDefault();
+      const wrong = problem();
+      sure = wrong === null;
+      if (sure) {
+        dialog.close();
+      } else {
+        said.replaceChildren(wrong[1]);
+        wrong[0].focus();
+      }
+    } }, h("h3", { id: "ask" }, title), children, said,
+    h("p", { class: "buttons" }, h("button", { class: "primary" }, confirm), h("button", { type: "button", onclick: () => dialog.close() }, "Cancel")));
+    const dialog = h("dialog", { "aria-labelledby": "ask", onclose: () => { dialog.remove(); answer(sure); } }, form);
+    document.body.append(dialog);
+    dialog.showModal(); // the browser keeps the focus in it, and gives it back to where it was
+  });
+}
+
 export function say(text) {
   document.getElementById("alert").replaceChildren();
   document.getElementById("status").replaceChildren(text);

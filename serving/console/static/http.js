@@ -32,6 +32,10 @@ export async function get(path, query = {}) {
   return (await ask(`${path}${asked.size ? `?${asked}` : ""}`)).body;
 }
 
+export async function post(path, body) {
+  return (await ask(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) })).body;
+}
+
 export async function policyInForce() {
   const { body, etag } = await ask("/policy");
   return { ...body, etag };
