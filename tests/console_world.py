@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
+from axe_playwright_python.sync_playwright import Axe
 from conftest import Contest
 from live_service import Running, running, sha256
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -167,6 +168,18 @@ def picture(tab: Page, name: str, **options: Any) -> None:
     if PICTURES:
         Path(PICTURES).mkdir(parents=True, exist_ok=True)
         tab.screenshot(path=Path(PICTURES) / f"{name}.png", **options)
+
+
+def violations(tab: Page) -> list[str]:
+    """What axe-core finds against WCAG 2.2, levels A and AA: rule and element. It comes past the page's own policy."""
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+    found = Axe().run(tab, options={"runOnly": {"type": "tag", "values": tags}}).response
+    assert len(found["passes"]) > 10
+    return [
+        f"{each['id']}: {node['html'][:200]} {node.get('failureSummary', '')[:300]}"
+        for each in found["violations"]
+        for node in each["nodes"]
+    ]
 
 
 def at(tab: Page) -> float:

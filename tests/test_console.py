@@ -12,13 +12,30 @@ from typing import Any
 
 import pytest
 from conftest import Contest
-from console_world import EVIL, OWNER, PICTURES, VIEWER, Console, at, console, many, number, page, picture, set_dial
+from console_world import (
+    EVIL,
+    OWNER,
+    PICTURES,
+    VIEWER,
+    Console,
+    at,
+    console,
+    many,
+    number,
+    page,
+    picture,
+    set_dial,
+    violations,
+)
 from live_service import running, wait_for
 from playwright.sync_api import expect
 
+from features.load import load_router
+from router_ml.bundle import read_bundle
 from router_ml.policy import Policy
 from serving.console.pages import FILES
 from serving.console.tradeoff_file import TradeOffFile
+from training.tradeoff import tradeoff
 
 VIEWS = ("tradeoff", "models", "decisions", "savings", "releases")
 
@@ -106,7 +123,8 @@ def test_the_point_is_dragged_and_moved_by_keys(world: Console) -> None:
         tab.mouse.up()
         dragged = at(tab)
         assert dragged < 0.7 and handle.get_attribute("aria-valuenow") == str(dragged).removesuffix(".0")
-        assert tab.locator("#dial").get_attribute("aria-valuetext") == f"least probability {dragged:g}"
+        said = tab.locator("#dial").get_attribute("aria-valuetext") or ""
+        assert said.startswith(f"least probability {dragged:g}: quality 0.") and said.endswith(" USD a month")
         handle.focus()
         tab.keyboard.press("End")
         assert at(tab) == 0.95
@@ -189,6 +207,62 @@ def test_a_better_setting_needs_no_question(world: Console) -> None:
         asked = next(i for i, c in enumerate(weaker["changes"]) if c["weaker"])
         set_dial(tab, settings[asked])
         expect(tab.locator("#gate li")).to_have_count(len(weaker["changes"][asked]["weaker"]))
+
+
+def test_a_setting_is_held_against_what_is_in_force(world: Console, contest: Contest) -> None:
+    """Also where the file was made under another: it is then what a file made today would say."""
+    today = Policy(tiers={"standard": 0.5}, default_tier="standard")
+    exact = tradeoff(
+        load_router(contest.challenger, today), contest.log, read_bundle(contest.challenger).manifest,
+        settings=(0.0, 0.8), most_rows=1500,
+    ).tiers[0].changes  # fmt: skip
+    with page(world, OWNER) as (tab, _), world.owner as http:
+        held = tab.evaluate(
+            """async () => {
+              const { against } = await import("/console/static/against.js");
+              const { get } = await import("/console/static/http.js");
+              const { tradeoff: t } = await get("/console/api/tradeoff");
+              const tier = t.tiers.find((each) => each.name === "standard");
+              const at = (v) => t.settings.indexOf(v);
+              const held = [0.0, 0.5, 0.8].map((v) => against(t, tier, at(v), at(0.5)));
+              return [...held, against(t, tier, at(0.8), -1)];
+            }"""
+        )
+        for mine, true in zip(held, exact, strict=False):
+            pairs = [(mine["quality"], true.quality), (mine["cost_usd"], true.cost_usd)]
+            named = {(s["by"], s["name"]): s["quality"] for s in true.slices}
+            assert {(s["by"], s["name"]) for s in mine["slices"]} == set(named)
+            pairs += [(s["quality"], named[s["by"], s["name"]]) for s in mine["slices"]]
+            assert [found is None for found, _ in pairs] == [wanted is None for _, wanted in pairs], "not identifiable"
+            for found, wanted in ((found, wanted) for found, wanted in pairs if found is not None):
+                assert wanted is not None
+                assert found[0] == pytest.approx(wanted[0], abs=1e-4)
+                assert found[2] - found[1] == pytest.approx(wanted[2] - wanted[1], rel=0.3, abs=1e-6)
+            assert len(mine["weaker"]) == len(true.weaker)
+        assert held[0]["weaker"] and not held[1]["weaker"] and "is not known" in held[3]["weaker"][0]
+        # What was asked about against 0.7 need not be against 0.3; and the way back to a lower promise is asked about.
+        body = {"tiers": {**policy(world)["policy"]["tiers"], "standard": 0.0}}
+        assert http.put("/policy", json={**policy(world)["policy"], **body}).status_code == 200
+        tab.reload()
+        set_dial(tab, 0.3)
+        assert "what is in force (0; both were judged against 0.7)" in tab.locator("#numbers").inner_text()
+        expect(tab.locator("#gate")).to_be_hidden()
+        tab.locator("#reason").fill("a little better")
+        tab.locator("#apply").click()
+        expect(tab.locator("#status")).to_contain_text("Applied")
+        set_dial(tab, 0.8)
+        tab.locator("#reason").fill("better")
+        tab.locator("#apply").click()
+        expect(tab.locator("#status")).to_contain_text("Applied")
+        now = policy(world)["version"]
+        tab.locator("#history button.undo").click()
+        assert "would be weaker" in tab.locator("dialog").inner_text()
+        tab.locator("dialog button", has_text="Cancel").click()
+        assert policy(world)["version"] == now
+        tab.locator("#history button.undo").click()
+        tab.locator("dialog button.primary").click()
+        expect(tab.locator("#status")).to_contain_text("Undone")
+        assert policy(world)["policy"]["tiers"]["standard"] == 0.3
 
 
 def test_a_stale_edit_saves_nothing_and_says_so(world: Console) -> None:
@@ -292,7 +366,8 @@ def test_models_and_releases(world: Console) -> None:
         picture(tab, "models")
     world.live.service.health.set("aurora-4", "auto")
     with page(world, VIEWER, "releases") as (tab, _):
-        assert f"{world.live.service.live.model_version} serves" in tab.locator("tbody").first.inner_text()
+        assert f"{world.live.service.live.model_version} serves" in tab.locator("#past tbody").inner_text()
+        assert "serves a bundle from a folder" in tab.locator("#why-not").inner_text()
         assert tab.locator("code", has_text="router-ml promote").count() == 1
 
 
@@ -328,6 +403,28 @@ def test_a_narrow_dark_screen_and_names_for_everything(world: Console) -> None:
             )
         known = [name for name in order if name in ("skip", "tier", "scope", "volume", "dial", "handle")]
         assert known == ["skip", "tier", "scope", "volume", "dial", "handle"]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 380)])
+def test_no_view_breaks_a_rule_of_accessibility(world: Console, scheme: str, width: int) -> None:
+    with world.owner as http:
+        one = http.get("/console/api/decisions", params={"tenant": EVIL}).json()["decisions"][0]["decision_id"]
+    screen = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    with page(world, OWNER, **screen) as (tab, _):
+        found = {}
+        for view in (*VIEWS, f"decisions/{one}"):
+            tab.goto(f"{world.url}/console#/{view}")
+            tab.wait_for_selector(f"nav a[aria-current][href='#/{view.partition('/')[0]}']")
+            tab.wait_for_selector("main:not([aria-busy]) h2")
+            if view == "tradeoff":
+                set_dial(tab, 0.3)
+                expect(tab.locator("#gate")).to_be_visible()
+            tab.evaluate("document.querySelectorAll('main details').forEach((each) => { each.open = true; })")
+            found[view] = violations(tab)
+        assert not any(found.values()), found
+    with page(world, None, **screen) as (tab, _):
+        expect(tab.locator("#key")).to_be_focused()
+        assert violations(tab) == []
 
 
 def test_a_hundred_thousand_decisions(world: Console) -> None:

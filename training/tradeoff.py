@@ -29,6 +29,7 @@ from training.candidates import first_named
 from training.challenge import MOST_ROWS, catalog_of, usable_rows
 from training.dials import Setting, seen_of_log
 from training.experiment import cost_column
+from training.gate import Limits
 from training.held_out import held_out
 from training.logged import Decided, Logged, decided, logged_of, one_row_a_request
 from training.ope import Look
@@ -73,8 +74,9 @@ class Scope:
 class Tier:
     """A tier's dial: `today` is the position of its setting, and `changes` what each setting changes against it.
 
-    `scope` is the position of the rows that it is judged on. Where the tier cannot be moved as a least probability,
-    `why` says so and there are no changes.
+    `scope` is the position of the rows that it is judged on, `apart` how sure the difference of any two settings is
+    there (`Changes.apart`). Where the tier cannot be moved as a least probability, `why` says so and there are no
+    changes.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Tier:
     rows: str
     changes: tuple[Change, ...]
     why: str | None
+    apart: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class TradeOff:
     scopes: tuple[Scope, ...]
     tiers: tuple[Tier, ...]
     examples: tuple[Mapping[str, Any], ...]
+    gate: Limits
 
     def to_frame(self) -> pl.DataFrame:
         """A row a scope and policy: by, name, policy, min_probability, model, n, each metric with _low and _high."""
@@ -186,11 +190,12 @@ class TradeOff:
             "tiers": [
                 {
                     "name": t.name, "today": t.today, "scope": t.scope, "rows": t.rows, "why": t.why,
-                    "changes": [change.to_json() for change in t.changes],
+                    "changes": [change.to_json() for change in t.changes], "apart": dict(t.apart),
                 }
                 for t in self.tiers
             ],
             "examples": [dict(example) for example in self.examples],
+            "gate": {name: getattr(self.gate, name) for name in ("quality", "slice", "slice_rows")},
         }  # fmt: skip
 
     def write(self, path: Path) -> None:
@@ -269,7 +274,8 @@ def tradeoff(
         of = "of this tier" if scope else "of every tier: the log does not tell this one's apart"
         mask = (logged.slices["tier"] == name).to_numpy() if scope else np.ones(len(logged), dtype=bool)
         found = () if position is None else tuple(changes.of(dialled[position], one, mask) for one in dialled)
-        tiers.append(Tier(name, position, scope, f"{int(mask.sum()):,} requests {of}", found, why))
+        apart = {} if position is None else changes.apart(dialled[position], dialled, mask)
+        tiers.append(Tier(name, position, scope, f"{int(mask.sum()):,} requests {of}", found, why, apart))
     span = (log["time"].max() - log["time"].min()).total_seconds() / 86_400  # type: ignore[operator, union-attr]
     requests = log["request_id"].n_unique()
     return TradeOff(
@@ -282,7 +288,7 @@ def tradeoff(
         },
         confidence=confidence, requests_a_month=requests / max(span, 1.0) * DAYS_A_MONTH,
         models=catalog.ids, settings=values, scopes=tuple(scopes), tiers=tuple(tiers),
-        examples=tuple({k: v for k, v in example.items() if k != "row"} for example in shown),
+        examples=tuple({k: v for k, v in example.items() if k != "row"} for example in shown), gate=changes.limits,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,11 +12,14 @@ import numpy.typing as npt
 import polars as pl
 
 from training.changes import changed_for, moves_of
+from training.estimators import row_values
 from training.gate import Limits
 from training.logged import Decided, Logged
 from training.ope import FittedModels, Look, value_of
 from training.slices import SLICES
+from training.support import LEAST_ESS, MOST_UNSUPPORTED
 
+Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Interval = tuple[float, float, float]
 _LEAST_ROWS = 50
@@ -102,18 +106,41 @@ class Changes:
             self._examples(old, new, mask), tuple(self._weaker(values["quality"], why, slices)),
         )  # fmt: skip
 
-    def _slices(self, old: Decided, new: Decided, at: npt.NDArray[np.int64]) -> tuple[Mapping[str, Any], ...]:
-        if "quality" not in self.models or (old.target == new.target).all():
-            return ()
-        rows = self.models["quality"].rows(new.target, old.target, None)
+    def apart(self, today: Decided, settings: Sequence[Decided], mask: BoolArray) -> dict[str, Any]:
+        """How sure the difference of any two settings is, on the rows of the mask [n]: its standard error.
+
+        By metric, and for quality by slice: the pairs (0, 1), (0, 2), … (1, 2), … of positions in `settings`, None
+        where too few rows tell the two apart; a metric that the log does not have is left out. By these a setting can
+        be held against one that is in force later, with what both do alike bringing no noise: values are differences of
+        the changes that `of` gives.
+        """
+        at, found = np.flatnonzero(mask), {}
+        for metric in ("quality", "cost_usd"):
+            if metric in self.models:
+                pairs = _Pairs.of(self.models[metric], self.logged, metric, today, settings, at)
+                found[metric] = pairs.errors(np.arange(len(at)))
+                if metric == "quality":
+                    found["slices"] = {}
+                    for (by, name), rows in self._masks(at).items():
+                        found["slices"].setdefault(by, {})[name] = pairs.errors(rows)
+        return found
+
+    def _masks(self, at: npt.NDArray[np.int64]) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
+        """Positions among the rows `at` by slice, of the slices that have enough of them."""
         frame = self.logged.slices[at]
-        masks = {
+        return {
             (by, name): np.flatnonzero((frame[by] == name).to_numpy())
             for by in SLICES
             if by in frame.columns
             for name, count in frame[by].value_counts(sort=True).iter_rows()
             if count >= _LEAST_ROWS
         }
+
+    def _slices(self, old: Decided, new: Decided, at: npt.NDArray[np.int64]) -> tuple[Mapping[str, Any], ...]:
+        if "quality" not in self.models or (old.target == new.target).all():
+            return ()
+        rows = self.models["quality"].rows(new.target, old.target, None)
+        masks = self._masks(at)
         each = 1.0 - (1.0 - self.look.confidence) / max(len(masks), 1)  # Bonferroni: all hold together
         look, found = replace(self.look, confidence=each), []
         for (by, name), rows_of in masks.items():
@@ -176,6 +203,56 @@ def examples_of(rows: pl.DataFrame, dialled: Sequence[Decided], seed: int) -> tu
         text = found["prompt"] or found["messages"] or ""
         made.append({"row": row, **{n: found[n] for n in names}, "text": text[:_EXAMPLE_CHARACTERS]})
     return tuple(made)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What each row says of the settings [n, k], less today's: its value, and its weight.
+
+    `seen` [n] says whether its outcome is known, `moved` [n, pairs] is how much of a row's decision differs between the two settings of a pair.
+    """
+
+    values: Array
+    weights: Array
+    seen: BoolArray
+    moved: Array
+    cluster: npt.NDArray[Any]
+
+    @classmethod
+    def of(
+        cls, models: FittedModels, logged: Logged, metric: str, today: Decided, settings: Sequence[Decided],
+        at: npt.NDArray[np.int64],
+    ) -> _Pairs:  # fmt: skip
+        """Of the rows `at`."""
+        parts = [models.rows(one.target, today.target, None).parts for one in settings]
+        targets = [one.target[at] for one in settings]
+        moved = [
+            np.abs(targets[i] - targets[j]).sum(axis=1) for i, j in zip(*np.triu_indices(len(settings), 1), strict=True)
+        ]
+        return cls(
+            np.stack([row_values("dr", each, math.inf)[at] for each in parts], axis=1),
+            np.stack([each.weight[at] for each in parts], axis=1),
+            ~np.isnan(logged.metrics[metric][at]), np.stack(moved, axis=1), logged.cluster[at],
+        )  # fmt: skip
+
+    def errors(self, rows: npt.NDArray[np.int64]) -> list[float | None]:
+        """Standard errors of the differences of each pair's means on these rows, clusters drawn whole."""
+        values, weights = self.values[rows], self.weights[rows][self.seen[rows]]
+        _, of = np.unique(self.cluster[rows], return_inverse=True)
+        sums = np.zeros((of.max() + 1, values.shape[1]))
+        np.add.at(sums, of, values - values.mean(axis=0))
+        products = sums.T @ sums * (len(sums) / max(len(sums) - 1, 1)) / len(values) ** 2
+        changed = self.moved[rows].mean(axis=0)
+        found: list[float | None] = []
+        for pair, (i, j) in enumerate(zip(*np.triu_indices(values.shape[1], 1), strict=True)):
+            squared = products[i, i] + products[j, j] - 2.0 * products[i, j]
+            apart = np.abs(weights[:, i] - weights[:, j])
+            effective = float(apart.sum()) ** 2 / max(float(np.square(apart).sum()), 1e-300)
+            if changed[pair] >= MOST_UNSUPPORTED and effective < LEAST_ESS:  # as `support.why_not_identifiable` has it
+                found.append(None)
+            else:
+                found.append(float(f"{math.sqrt(squared):.3g}") if squared > 1e-18 else 0.0)
+        return found
 
 
 def _take(of: Decided, at: npt.NDArray[np.int64]) -> Decided:

@@ -46,14 +46,19 @@ async function open() {
     document.title = `${VIEWS[name][0]} – router-ml console`;
   } catch (problem) {
     if (mine !== turn) return;
+    const why = problem.status === undefined ? `This view cannot be drawn (${problem.name}): what it is drawn from may be damaged, or of another version of the program`
+      : problem.message;
+    main.replaceChildren(h("h2", null, VIEWS[name][0]), h("p", { class: "warning" }, `${why}.`)); // nothing of the view before under this one's name
+    document.title = `${VIEWS[name][0]} – router-ml console`;
     if (problem.status === undefined) throw problem;
     if (problem.status === 401 || problem.status === 403) {
       forgetKey();
       main.replaceChildren();
+      served.replaceChildren();
       login.hidden = false;
       document.getElementById("key").focus();
     }
-    complain(problem.status === 401 ? "The service asks for an API key." : `${problem.message}.`);
+    if (!login.hidden) complain(problem.status === 401 ? "The service asks for an API key." : `${problem.message}.`);
   } finally {
     if (mine === turn) main.removeAttribute("aria-busy");
   }

@@ -1,6 +1,7 @@
 // Apply: a new policy version with a reason, after its diff and, where a promise gets weaker, a question; and the way back.
 
-import { complain, h, say, table, when } from "./dom.js";
+import { weakerPolicy } from "./against.js";
+import { ask, complain, h, say, table, when } from "./dom.js";
 import { get, policyInForce, putPolicy } from "./http.js";
 
 export function flat(value, path = "") {
@@ -27,10 +28,10 @@ function withDial(policy, tier, value) {
   return { ...policy, tiers: { ...policy.tiers, [tier]: fresh } };
 }
 
-// `policy` is what is in force with its etag, and `changed` is told of what follows it. `chosen(tier, value, weaker)` says what would be applied (null: nothing).
+// `policy` is what is in force with its etag, and `changed` is told of what follows it. `chosen(tier, value)` says what would be applied (null: nothing).
 export function applyPanel(me, policy, tradeoff, changed = () => {}) {
   let now = policy;
-  let picked = { tier: null, value: null, weaker: [] };
+  let picked = { tier: null, value: null };
   const preview = h("div", { id: "diff" });
   const asked = h("div", { id: "gate", class: "warning", hidden: true });
   const sure = h("input", { id: "sure", type: "checkbox" });
@@ -49,11 +50,11 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
     const differs = after !== null && diff(now.policy, after).length > 0;
     preview.replaceChildren(after ? diffTable(`Policy ${now.version}, in force, and what would follow it`, now.policy, after)
       : h("p", { class: "note" }, picked.tier ? `The policy in force has no tier ${picked.tier}.` : "Nothing is chosen."));
-    const question = differs && picked.weaker.length > 0;
-    asked.hidden = !question;
-    if (question) {
-      asked.replaceChildren(h("p", null, "A promise would be weaker than the promotion gate allows:"),
-        h("ul", null, picked.weaker.map((each) => h("li", null, each))),
+    const weaker = differs ? weakerPolicy(tradeoff, now.policy, after, me.model_version) : [];
+    asked.hidden = !weaker.length;
+    if (weaker.length) {
+      asked.replaceChildren(h("p", null, "Against what is in force, a promise would be weaker than the promotion gate allows:"),
+        h("ul", null, weaker.map((each) => h("li", null, each))),
         h("p", null, sure, " ", h("label", { for: "sure" }, "Apply it all the same; the reason below says why")));
     } else {
       sure.checked = false;
@@ -81,7 +82,14 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
     document.getElementById("served").dispatchEvent(new Event("refresh"));
     changed(now);
     show();
-    await past();
+    await past().catch((problem) => complain(`${problem.message}.`));
+  }
+
+  async function undo(each) {
+    const weaker = weakerPolicy(tradeoff, now.policy, each.before.policy, me.model_version);
+    const sure = !weaker.length || await ask(`Undo ${each.after.version}?`, [
+      h("p", null, "Against what is in force, a promise would be weaker than the promotion gate allows:"), h("ul", null, weaker.map((line) => h("li", null, line)))], "Undo all the same");
+    if (sure) await put(each.before.policy, `undo of ${each.after.version}`, "Undone");
   }
 
   async function past() {
@@ -90,7 +98,7 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
     const lines = policies.slice(0, 10).map((each, i) => {
       const back = i === 0 && each.before && each.after.version === now.version && me.may_apply;
       return { ...each, undo: back && h("button", { class: "undo", type: "button",
-        onclick: () => put(each.before.policy, `undo of ${each.after.version}`, "Undone") }, `Undo, back to ${each.before.version}`) };
+        onclick: () => undo(each) }, `Undo, back to ${each.before.version}`) };
     });
     history.replaceChildren(h("h3", null, "Versions of the policy"),
       table("From the audit log, the newest first", [
@@ -118,8 +126,8 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
     h("p", { class: "note", id: "reason-note" }, "Kept with the version in the audit log, at most 500 characters.")), h("p", null, button));
 
   return {
-    chosen(tier, value, weaker) {
-      picked = { tier: tier?.name ?? null, value, weaker };
+    chosen(tier, value) {
+      picked = { tier: tier?.name ?? null, value };
       show();
     },
     async element() {

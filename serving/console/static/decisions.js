@@ -1,6 +1,6 @@
 // Decisions: search the store, and one of them explained.
 
-import { count, field, h, share, table, usd, when } from "./dom.js";
+import { complain, count, field, h, share, table, usd, when } from "./dom.js";
 import { get } from "./http.js";
 
 const FIELDS = [["id", "Decision or request id (its beginning)"], ["tenant", "Tenant"], ["task", "Task"], ["model", "Model"], ["tier", "Tier"],
@@ -23,9 +23,12 @@ function search(me) {
   const query = () => Object.fromEntries([...inputs.map(([name, , input]) => [name, input.value.trim()]),
     ...flags.map(([name, , input]) => [name, input.checked ? "1" : ""])]);
 
+  const go = (...page) => show(...page).catch((problem) => complain(`${problem.message}.`));
+
   async function show(after, before = []) {
     const asked = query();
     const page = await get("/console/api/decisions", { ...asked, after });
+    complain(""); // what was wrong before is not any more
     const from = before.length * 50;
     found.replaceChildren(
       table(`${count(page.total)} ${page.total === 1 ? "decision" : "decisions"} in the service's store, ${page.decisions.length ? `${count(from + 1)} to ${count(from + page.decisions.length)}, ` : ""}the newest first; as of ${when(Date.now() * 1000)}`, [
@@ -35,11 +38,11 @@ function search(me) {
         ["reason", (d) => d.reason], ["policy", (d) => h("code", null, d.policy_version)],
       ], page.decisions, "no decision matches"),
       h("p", null,
-        before.length > 0 && h("button", { type: "button", onclick: () => show(before.at(-1), before.slice(0, -1)) }, "Newer"), " ",
-        page.after && h("button", { type: "button", id: "older", onclick: () => show(page.after, [...before, after]) }, "Older")));
+        before.length > 0 && h("button", { type: "button", onclick: () => go(before.at(-1), before.slice(0, -1)) }, "Newer"), " ",
+        page.after && h("button", { type: "button", id: "older", onclick: () => go(page.after, [...before, after]) }, "Older")));
   }
 
-  const form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); show(null); } },
+  const form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); go(null); } },
     inputs.map(([, label, input]) => field(label, input)), flags.map(([, label, input]) => h("div", null, h("span", null, input, " ", h("label", { for: input.id }, label)))),
     h("button", { class: "primary" }, "Search"));
   return show(null).then(() => h("div", null, h("h2", null, "Decisions"), form, found));

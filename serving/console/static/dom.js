@@ -47,7 +47,8 @@ export function change(found) {
 }
 
 export function when(time) {
-  const date = typeof time === "number" ? new Date(time / 1000) : new Date(time);
+  const date = typeof time === "number" ? new Date(time / 1000) : new Date(time ?? NaN);
+  if (Number.isNaN(date.getTime())) return "at a time that is not known";
   return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 

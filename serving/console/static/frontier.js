@@ -2,12 +2,14 @@
 
 import { svg, usd } from "./dom.js";
 
-const W = 640, H = 430, LEFT = 56, RIGHT = 16, TOP = 14, BOTTOM = 48;
+const H = 430, LEFT = 56, RIGHT = 16, TOP = 14, BOTTOM = 48;
+export const narrow = matchMedia("(max-width: 34rem)");
+let W = 640; // units of the drawing, which is as wide as there is room: on a narrow screen fewer, or no text could be read
 
 function ticks(low, high) {
   const found = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
-    for (const digit of high / low > 300 ? [1] : [1, 2, 5]) {
+    for (const digit of high / low > (W < 500 ? 30 : 300) ? [1] : [1, 2, 5]) {
       const value = digit * 10 ** power;
       if (value >= low && value <= high) found.push(value);
     }
@@ -72,9 +74,17 @@ function mark(level, s, per, kind, name) {
   return [spread, shape, label];
 }
 
+// A setting as a screen reader says it while it is moved.
+export function settingText(level, setting, per) {
+  return both(level) ? `least probability ${setting}: quality ${level.quality[0].toFixed(3)}, ${usd(level.cost_usd[0] * per)} a month`
+    : `least probability ${setting}: not identifiable`;
+}
+
 // `scope` as in the file; `marks` are [position, name] of settings that are or were in force; `pick` is told of the position that is chosen by hand.
 // The answer's `move(at)` shows another setting: two attributes change, nothing is drawn again.
 export function frontier(scope, marks, per, settings, pick) {
+  const width = narrow.matches ? 380 : 640;
+  W = width;
   const oracle = scope.oracle && { quality: Array(3).fill(scope.oracle.quality), cost_usd: Array(3).fill(scope.oracle.cost_usd) };
   const singles = Object.entries(scope.singles);
   const others = [...singles.map(([, level]) => level), scope.cheapest, ...(oracle ? [oracle] : [])];
@@ -93,7 +103,7 @@ export function frontier(scope, marks, per, settings, pick) {
 
   const nearest = (event) => {
     const box = made.getBoundingClientRect();
-    const [x, y] = [(event.clientX - box.left) * W / box.width, (event.clientY - box.top) * H / box.height];
+    const [x, y] = [(event.clientX - box.left) * width / box.width, (event.clientY - box.top) * H / box.height];
     let [best, least] = [now, Infinity];
     scope.settings.forEach((level, i) => {
       if (!both(level)) return;
@@ -130,9 +140,7 @@ export function frontier(scope, marks, per, settings, pick) {
       }
     }
     handle.setAttribute("aria-valuenow", settings[at]);
-    handle.setAttribute("aria-valuetext", both(level)
-      ? `least probability ${settings[at]}: quality ${level.quality[0].toFixed(3)}, ${usd(level.cost_usd[0] * per)} a month`
-      : `least probability ${settings[at]}: not identifiable`);
+    handle.setAttribute("aria-valuetext", settingText(level, settings[at], per));
   }
   return { element: made, move };
 }

@@ -14,22 +14,32 @@ function drifted(row) {
 }
 
 export async function modelsView() {
-  const [found, sums] = await Promise.all([get("/console/api/models"), get("/console/api/sums", { days: "30" })]);
+  const adding = get("/console/api/sums", { days: "30" }).catch((problem) => problem);
+  const found = await get("/console/api/models");
+  const sums = await adding;
+  const away = sums instanceof Error;
+  return h("div", null, h("h2", null, "Models"),
+    h("p", { class: "source" }, `The catalogue of bundle ${found.model_version}, which serves; circuits as of ${when(found.time_us)}.`),
+    table("Prices, health and who may use it", [
+      ["model", (m) => m.id], ["provider", (m) => m.provider], ["tier", (m) => m.tier],
+      ["input, USD a million tokens", (m) => price(m.input_usd_per_mtok), true],
+      ["cached input, USD a million tokens", (m) => price(m.cached_input_usd_per_mtok), true],
+      ["output, USD a million tokens", (m) => price(m.output_usd_per_mtok), true],
+      ["health", (m) => (m.down ? h("span", { class: "worse" }, `circuit ${m.circuit}: ${m.down}`) : `serves (circuit ${m.circuit})`)],
+      ["data classes", (m) => (m.data_classes ?? ["public"]).join(", ")], ["regions", (m) => (m.regions ?? []).join(", ")],
+      ["keys that may not", (m) => m.not_for_keys.join(", ") || "none"],
+    ], found.models),
+    away ? h("p", { class: "warning" }, `Share, spend, calibration and drift are not known: ${sums.message}.`) : served(found, sums));
+}
+
+// What the store tells of them.
+function served(found, sums) {
   const spent = new Map(grouped(sums, "model").map((row) => [row.name, row]));
   const calls = [...spent.values()].reduce((sum, row) => sum + row.calls, 0);
   const promised = new Map(sums.promises.map((row) => [row.model, row]));
   const own = new Set(found.models.map((card) => card.id));
   const gone = [...spent.values()].filter((row) => !own.has(row.name));
-  return h("div", null, h("h2", null, "Models"),
-    h("p", { class: "source" }, `The catalogue of bundle ${found.model_version}, which serves; circuits as of ${when(found.time_us)}.`),
-    table("Prices, health and who may use it", [
-      ["model", (m) => m.id], ["provider", (m) => m.provider], ["tier", (m) => m.tier],
-      ["input, USD a million tokens", (m) => price(m.input_usd_per_mtok), true], ["cached input", (m) => price(m.cached_input_usd_per_mtok), true],
-      ["output", (m) => price(m.output_usd_per_mtok), true],
-      ["health", (m) => (m.down ? h("span", { class: "worse" }, `circuit ${m.circuit}: ${m.down}`) : `serves (circuit ${m.circuit})`)],
-      ["data classes", (m) => (m.data_classes ?? ["public"]).join(", ")], ["regions", (m) => (m.regions ?? []).join(", ")],
-      ["keys that may not", (m) => m.not_for_keys.join(", ") || "none"],
-    ], found.models),
+  return [
     h("p", { class: "source" }, `From the service's store: decisions since ${when(sums.since_us)}, as of ${when(sums.made_us)}; n ${count(calls)} calls.`),
     table("Share and spend", [
       ["model", (m) => m.id ?? m.name], ["calls", (m) => count(spent.get(m.id ?? m.name)?.calls ?? 0), true],
@@ -44,5 +54,6 @@ export async function modelsView() {
       ["acceptable", (m) => (promised.has(m.id) ? promised.get(m.id).ok.toFixed(3) : ""), true],
       ["difference", (m) => (promised.get(m.id)?.residual ? change(promised.get(m.id).residual) : "too few outcomes"), true],
       ["older half → newer half", (m) => drifted(promised.get(m.id)), true],
-    ], found.models));
+    ], found.models),
+  ];
 }

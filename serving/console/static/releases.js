@@ -16,16 +16,25 @@ function conditions(found, caption) {
   ], found);
 }
 
-// What the gate said when a version was judged: with sentences where the report is kept, else the numbers of its tag.
-function gate(version) {
-  const report = version.evaluation?.conditions;
+// The gate's conditions when a version was judged: with sentences where the report is kept, else the numbers of its tag.
+function judged(version) {
   const tag = version.gate?.conditions && Object.entries(version.gate.conditions).map(([name, c]) => ({ name, limit: null, ...c }));
-  const found = report ?? tag;
-  if (!found?.length) return version.metrics?.["evaluation/passed"] === undefined ? "not judged" : version.metrics["evaluation/passed"] ? "passed" : "not passed";
-  const failed = found.filter((c) => !c.holds);
-  return h("details", null,
-    h("summary", { class: failed.length ? "worse" : "better" }, failed.length ? `not passed: ${failed.map((c) => c.name).join(", ")}` : "passed"),
-    conditions(found, `Conditions for version ${version.version}${version.evaluated_us ? `, judged ${when(version.evaluated_us)}` : ""}`));
+  return version.evaluation?.conditions ?? tag ?? [];
+}
+
+function gate(version) {
+  const failed = judged(version).filter((c) => !c.holds).map((c) => c.name);
+  const passed = judged(version).length ? !failed.length : version.metrics?.["evaluation/passed"] === undefined ? null : version.metrics["evaluation/passed"] > 0;
+  if (passed === null) return "not judged";
+  return h("span", { class: passed ? "better" : "worse" }, passed ? "passed" : `not passed${failed.length ? `: ${failed.join(", ")}` : ""}`);
+}
+
+function details(version) {
+  const caption = `Conditions of the gate for version ${version.version}, judged ${when(version.evaluated_us ?? version.promoted)}`;
+  const j = version.evaluation;
+  return h("details", null, h("summary", null, caption),
+    j && h("p", { class: "source" }, `On ${count(j.n)} requests with ${count(j.outcomes)} outcomes, ${when(j.oldest)} to ${when(j.newest)}; bundle ${j.challenger} against ${j.champion}.`),
+    conditions(judged(version), caption));
 }
 
 function training(version) {
@@ -116,7 +125,7 @@ function runPanel(changed) {
       text(stage, "The service was restarted meanwhile, which ends a promotion or rollback that is at work, or another of its processes answers now. " +
         "Whether the champion has moved, the versions tell.");
       rest.replaceChildren();
-      changed();
+      changed(release);
       return false;
     }
     if (!run) return false;
@@ -142,9 +151,13 @@ function runPanel(changed) {
           `from ${release.judged_by}. Intervals: ${count(100 * j.confidence)} %. ${j.notes.map((note) => `Note: ${note}.`).join(" ")}`),
         run.result.conditions?.length > 0 && conditions(run.result.conditions, "Conditions of the gate")].filter(Boolean));
       if (mine === run.id && lost) heading.focus();
-      changed();
+      if (mine === run.id) say("");
+      changed(release);
     }
-    if (!coming) sessionStorage.removeItem(MINE);
+    if (!coming && mine !== null) {
+      sessionStorage.removeItem(MINE);
+      changed(release);
+    }
     return coming && sessionStorage.getItem(MINE) !== null;
   }
 
@@ -170,7 +183,13 @@ export async function releasesView(me) {
   const [release, { changes }] = await Promise.all([get("/console/api/releases"), get("/console/api/changes")]);
   const versions = h("div", { id: "versions" });
   const past = h("div", { id: "past" });
-  const panel = runPanel(() => { load().catch((problem) => complain(`${problem.message}.`)); audit().catch(() => {}); });
+  const source = h("p", { class: "source" });
+  const panel = runPanel((now) => { tell(now); load(); audit().catch((problem) => complain(`${problem.message}.`)); });
+
+  function tell(now) {
+    source.replaceChildren(`Bundle ${now.served_bundle} serves${me.followed ? `, version ${now.served_version} of ${me.followed}` : ", from a directory"}; as of ${when(now.time_us)}.` +
+      `${now.problem ? ` The registry: ${now.problem}.` : ""}`);
+  }
 
   async function move(action, version) {
     const back = action === "rollback";
@@ -211,6 +230,7 @@ export async function releasesView(me) {
       ["", button],
       ["training said", training], ["against the champion of that time", evaluated], ["gate", gate], ["champion", reign],
     ], found.versions, "none is registered"),
+      ...found.versions.filter((v) => judged(v).length && (v.evaluated_us ?? v.promoted)).map(details),
       h("p", { class: "note" }, me.may_release ? "Only the challenger can be promoted from here: point that alias to another version to have it judged."
         : "This key may read and not change: to promote and to roll back takes one of the scope admin."));
   }
@@ -225,10 +245,8 @@ export async function releasesView(me) {
   history(changes);
   versions.replaceChildren(release.why_not ? h("div", null, h("p", { class: "warning", id: "why-not" }, `Versions are not shown: ${release.why_not}.`), commands(release.name ?? "NAME"))
     : h("p", { class: "note" }, "Asking the registry, which takes some seconds…"));
-  const shown = h("div", null, h("h2", null, "Releases"),
-    h("p", { class: "source" }, `Bundle ${me.model_version} serves${me.followed ? `, version ${release.served_version} of ${me.followed}` : ", from a directory"}; as of ${when(release.time_us)}.` +
-      `${release.problem ? ` The registry: ${release.problem}.` : ""}`),
-    panel.element, versions, past);
+  tell(release);
+  const shown = h("div", null, h("h2", null, "Releases"), source, panel.element, versions, past);
   setTimeout(() => { load(); panel.follow(release); });
   return shown;
 }

@@ -1,6 +1,6 @@
 // Savings: sums of whole nano-dollars, so that any grouping adds up to the total; and the same as CSV.
 
-import { count, field, h, nano, share, svg, table, when } from "./dom.js";
+import { count, field, h, nano, say, share, svg, table, when } from "./dom.js";
 import { get } from "./http.js";
 
 const GROUPS = ["tenant", "task", "day", "model"];
@@ -59,7 +59,7 @@ export async function savingsView() {
   days.value = "30";
   const by = h("select", { id: "by" }, GROUPS.map((name) => h("option", { value: name }, name)));
   const baseline = h("select", { id: "baseline" }, h("option", { value: "" }, "the best of the training log"), models.map((m) => h("option", { value: m.id }, m.id)));
-  const shown = h("div", { id: "sums", "aria-live": "polite" });
+  const shown = h("div", { id: "sums" });
   let found = null;
 
   function show() {
@@ -81,8 +81,10 @@ export async function savingsView() {
 
   async function load() {
     shown.replaceChildren(h("p", null, "Adding up…"));
+    say("Adding up…");
     found = await get("/console/api/sums", { days: days.value, baseline: baseline.value });
     show();
+    say("");
   }
 
   const save = h("button", { type: "button", id: "csv", onclick: () => {
@@ -90,7 +92,7 @@ export async function savingsView() {
     h("a", { href: url, download: `savings-by-${by.value}.csv` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 1000);
   } }, "Export as CSV");
-  const reload = () => load().catch((problem) => shown.replaceChildren(h("p", { class: "warning" }, problem.message)));
+  const reload = () => load().catch((problem) => { say(""); shown.replaceChildren(h("p", { class: "warning" }, `${problem.message}.`)); });
   days.addEventListener("change", reload);
   baseline.addEventListener("change", reload);
   by.addEventListener("change", show);

@@ -1,8 +1,9 @@
 // Trade-off: all settings are in the file; moving the dial only shows another one.
 
+import { against, settingOf } from "./against.js";
 import { applyPanel } from "./apply.js";
 import { change, count, field, h, NOT_IDENTIFIABLE, quality, share, signed, table, usd, when } from "./dom.js";
-import { frontier } from "./frontier.js";
+import { frontier, narrow, settingText } from "./frontier.js";
 import { get, policyInForce } from "./http.js";
 
 const MOST_SHOWN = 12;
@@ -27,9 +28,29 @@ function costAMonth(level, volume) {
   return [h("strong", null, value), ` (${low} to ${high})`];
 }
 
-function numbers(t, scope, tier, at, volume) {
-  const level = scope.settings[at];
+// Cost a month of a change as (value, low, high).
+const costs = (change, volume) => (change ? `${change[0] > 0 ? "+" : ""}${usd(change[0] * volume)} (${usd(change[1] * volume)} to ${usd(change[2] * volume)})` : NOT_IDENTIFIABLE);
+
+// What a setting changes against the one in force (`held`), on the tier's rows; of a task the part that is its own.
+function changes(t, scope, tier, at, live, held, volume) {
+  const base = live === tier.today ? `today (${t.settings[live]} when it was judged)`
+    : `what is in force (${live < 0 ? "a setting that was not judged" : `${t.settings[live]}; both were judged against ${t.settings[tier.today]}`})`;
   const made = tier.changes[at];
+  const elsewhere = live === tier.today ? `; ${share(made.changed)} of the requests would go to another model` : "";
+  const per = volume * t.scopes[tier.scope].n / scope.n; // the volume is the scope's, the change the tier's
+  const rows = [[`Against ${base}, ${tier.rows}`, `quality ${change(held.quality)}; cost a month ${costs(held.cost_usd, per)}${elsewhere}`]];
+  if (scope.by === "task") {
+    const own = held.slices.find((s) => s.by === "task" && s.name === scope.name);
+    const who = live === tier.today && made.who.find((w) => w.by === "task" && w.name === scope.name);
+    rows.push([`The same, of task ${scope.name} alone${own ? ` (n ${count(own.n)})` : ""}`, [
+      own ? `quality ${change(own.quality)}, together with all other slices` : at === live ? "no change" : `${NOT_IDENTIFIABLE} by itself`,
+      who ? `; ${share(who.changed)} of its requests would go to another model` : ""]]);
+  }
+  return rows;
+}
+
+function numbers(t, scope, tier, at, volume, live, held) {
+  const level = scope.settings[at];
   const latency = level.latency_ms ? `${level.latency_ms.map((v) => count(v))[0]} ms (${count(level.latency_ms[1])} to ${count(level.latency_ms[2])})`
     : `${NOT_IDENTIFIABLE}: ${level.why.latency_ms ?? ""}`;
   const rows = [
@@ -39,12 +60,7 @@ function numbers(t, scope, tier, at, volume) {
     ["Mean latency of a call", latency],
     ["Judged on", `${count(scope.n)} requests, ${count(scope.outcomes)} outcomes`],
   ];
-  if (made) {
-    const cost = made.cost_usd && made.cost_usd.map((v) => usd(v * volume));
-    rows.push([`Against today (${t.settings[tier.today]} when it was judged), ${tier.rows}`, [
-      `quality ${change(made.quality)}; cost a month ${cost ? `${made.cost_usd[0] > 0 ? "+" : ""}${cost[0]} (${cost[1]} to ${cost[2]})` : NOT_IDENTIFIABLE}; `,
-      `${share(made.changed)} of the requests would go to another model`]]);
-  }
+  if (held) rows.push(...changes(t, scope, tier, at, live, held, volume));
   return h("dl", { class: "numbers" }, rows.map(([name, what]) => [h("dt", null, name), h("dd", null, what)]));
 }
 
@@ -66,7 +82,7 @@ function slices(made) {
   const unknown = made.slices.filter((s) => !s.quality);
   const said = (s) => (s.quality[2] < 0 ? h("span", { class: "worse" }, "shown to be worse") : "may be worse: 0 is within");
   return [
-    table("Slices that get worse: change of quality against today, all intervals hold together", [
+    table("Slices that get worse: change of quality against what is in force, all intervals hold together", [
       ["slice", (s) => `${s.by}: ${s.name}`],
       ["change", (s) => change(s.quality), true],
       ["n", (s) => count(s.n), true],
@@ -127,7 +143,7 @@ export async function tradeoffView(me) {
     ?? t.tiers.find((each) => each.today !== null) ?? t.tiers[0];
   let [tier, scope] = [wanted, t.scopes[wanted.scope]];
   let volume = t.requests_a_month * (scope.by === "tier" ? scope.n / t.scopes[0].n : 1);
-  const live = () => t.settings.indexOf(inForce.tiers[tier.name]?.min_probability ?? inForce.tiers[tier.name]);
+  const live = () => settingOf(t, inForce, tier.name);
   let at = live() >= 0 ? live() : tier.today ?? 0;
   let chart = null;
 
@@ -162,13 +178,16 @@ export async function tradeoffView(me) {
 
   function show(next) {
     at = next;
-    slider.setAttribute("aria-valuetext", `least probability ${t.settings[at]}`);
+    slider.setAttribute("aria-valuetext", settingText(scope.settings[at], t.settings[at], volume));
     if (chart) chart.move(at);
-    panel.replaceChildren(numbers(t, scope, tier, at, volume), shares(t, scope, tier, at));
-    const made = tier.changes[at];
-    below.replaceChildren(...(made ? [h("h3", null, "What would change, and for whom"), ...slices(made), ...moved(made, t.examples)]
+    const [made, now] = [tier.changes[at], live()];
+    const held = made && against(t, tier, at, now);
+    panel.replaceChildren(numbers(t, scope, tier, at, volume, now, held), shares(t, scope, tier, at));
+    below.replaceChildren(...(made ? [h("h3", null, "What would change, and for whom"), ...slices(held),
+      now !== tier.today && h("p", { class: "note" }, `Requests and examples below are held against ${t.settings[tier.today]}, the setting when it was judged.`),
+      ...moved(made, t.examples)]
       .flat(Infinity).filter(Boolean) : [h("p", { class: "warning" }, `Tier ${tier.name} is not moved here: ${tier.why}.`)]));
-    apply.chosen(made ? tier : null, made ? t.settings[at] : null, made?.weaker ?? []);
+    apply.chosen(made ? tier : null, made ? t.settings[at] : null);
   }
 
   tiers.addEventListener("change", () => {
@@ -188,10 +207,16 @@ export async function tradeoffView(me) {
   scopes.addEventListener("change", () => { scope = t.scopes[Number(scopes.value)]; rescale(); });
   monthly.addEventListener("input", () => { if (Number(monthly.value) > 0) { volume = Number(monthly.value); draw(); } });
   slider.addEventListener("input", () => show(Number(slider.value)));
+  narrow.addEventListener("change", function again() {
+    if (figure.isConnected) draw();
+    else narrow.removeEventListener("change", again);
+  });
 
   page.append(...sourceLines(found).flat(Infinity),
     h("div", { class: "controls" }, field("Tier whose promise is set", tiers), field("Shown for", scopes), field("Requests a month", monthly)),
     h("p", { class: "note" }, `Requests a month as the log has them: ${count(t.source.requests)} in ${signed(t.source.days, 1).slice(1)} days, times ${t.days_a_month}; change the number to plan for another.`),
+    h("p", { class: "note" }, "A setting is a tier's: it is applied to all requests of the tier, whatever their task, since a policy has no dial by task. " +
+      "A tier or a task above is whose figures are shown."),
     h("div", { class: "slider" }, h("label", { for: "dial" }, "Least probability of an acceptable answer"), slider),
     h("div", { class: "columns" }, figure, panel), below, await apply.element());
   draw();
