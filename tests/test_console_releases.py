@@ -193,10 +193,10 @@ def test_a_bad_challenger_is_refused_with_its_conditions(world: Console, place: 
 def test_a_read_only_key_sees_it_and_is_refused(world: Console) -> None:
     with page(world, VIEWER, "releases") as (tab, seen):
         expect(tab.locator(ROWS)).to_have_count(3, timeout=30_000)
-        assert (
-            tab.locator("main button").count() == 0
-            and "may read and not change" in tab.locator("#versions").inner_text()
-        )
+        assert tab.locator("main button").count() == 0
+        assert "may read and not change" in tab.locator("#versions").inner_text()
+        tab.goto(f"{world.url}/console#/tradeoff")
+        expect(tab.locator("main")).to_contain_text("the service has no trade-off: start it with --tradeoff FILE")
         assert seen.errors == []
     assert_refused(world)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,24 @@ def test_today_changes_nothing_and_the_cheapest_setting_asks(found: TradeOff) ->
     for example in cheap.examples:
         assert example["from"] != example["to"] and found.examples[example["example"]]["text"]
     assert cheap.examples
+
+
+def test_how_sure_the_difference_of_two_settings_is(found: TradeOff) -> None:
+    """As the interval of the change itself says it, where the one of the two is today's."""
+    standard = found.tiers[1]
+    pairs = list(combinations(range(len(found.settings)), 2))
+    errors = dict(zip(pairs, standard.apart["quality"], strict=True))
+    for at in (0, 4):
+        change = standard.changes[at].quality
+        assert change is not None
+        wide = (change[2] - change[1]) / 2
+        assert errors[tuple(sorted((at, 3)))] == pytest.approx(wide / 1.96, rel=0.2)
+    assert errors[0, 4] > 0.8 * errors[0, 3], "further apart, less sure"
+    slices = {(s["by"], s["name"]) for s in standard.changes[0].slices}
+    assert {(by, name) for by, of in standard.apart["slices"].items() for name in of} == slices
+    assert all(len(of) == len(pairs) for names in standard.apart["slices"].values() for of in names.values())
+    assert found.to_json()["gate"] == {"quality": 0.02, "slice": 0.1, "slice_rows": 500}
+    assert found.tiers[2].apart == {}
 
 
 def test_a_log_that_knows_tiers_judges_each_on_its_own(contest: Contest, router: Router) -> None:

@@ -114,7 +114,8 @@ class Changes:
         be held against one that is in force later, with what both do alike bringing no noise: values are differences of
         the changes that `of` gives.
         """
-        at, found = np.flatnonzero(mask), {}
+        at = np.flatnonzero(mask)
+        found: dict[str, Any] = {}
         for metric in ("quality", "cost_usd"):
             if metric in self.models:
                 pairs = _Pairs.of(self.models[metric], self.logged, metric, today, settings, at)
@@ -209,7 +210,8 @@ def examples_of(rows: pl.DataFrame, dialled: Sequence[Decided], seed: int) -> tu
 class _Pairs:
     """What each row says of the settings [n, k], less today's: its value, and its weight.
 
-    `seen` [n] says whether its outcome is known, `moved` [n, pairs] is how much of a row's decision differs between the two settings of a pair.
+    `seen` [n] says whether its outcome is known, `moved` [n, pairs] is how much of a row's decision differs between the
+    two settings of a pair.
     """
 
     values: Array

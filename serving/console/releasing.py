@@ -101,7 +101,7 @@ class Releases:
             "name": self.name, "followed": self.settings.model, "champion_alias": CHAMPION,
             "registry": None if self.name is None else shown(self.settings.tracking_uri),
             "why_not": self.why_not, "run": self.state(),
-            "judged_by": "the service's store" if logs is None else f"the log {logs}",
+            "judged_by": "the service's store" if logs is None else f"the log {logs.name}",
         }  # fmt: skip
 
     def state(self) -> dict[str, Any] | None:
