@@ -29,6 +29,8 @@ from serving.problems import ProblemError
 from serving.settings import Settings
 
 LIST_SECONDS, MOVE_SECONDS = 120.0, 3600.0
+NICE = {"list": 5, "promote": 10, "rollback": 5}
+"""Niceness of the children: a gate computes for minutes, and on a full machine a 19 would hardly get on at all."""
 KEEP_SECONDS = 30.0
 LONGEST_LINE, MOST_BYTES = 1 << 20, 8 << 20
 """Of what a child may say."""
@@ -143,7 +145,7 @@ class Releases:
         found: list[dict[str, Any]] = []
         words = ["history", "--full", *self._registry(), "--", str(self.name)]
         try:
-            async with aclosing(_told(words, 10, LIST_SECONDS)) as rows:
+            async with aclosing(_told(words, NICE["list"], LIST_SECONDS)) as rows:
                 found += [row async for row in rows if "version" in row]
         except _ChildError as error:
             raise ProblemError(503, "unavailable", f"the registry's versions could not be read: {error}") from None
@@ -158,9 +160,8 @@ class Releases:
             words += [f"--policy={self.settings.policy}"] if self.settings.policy is not None else []
             words += [f"--logs={self.settings.release_logs}"] if self.settings.release_logs is not None else []
             words += ["--", str(self.name), run.version]
-        nice = 19 if run.action == "promote" else 5  # the one takes minutes, the other is wanted at once
         try:
-            async with aclosing(_told(words, nice, MOVE_SECONDS)) as rows:
+            async with aclosing(_told(words, NICE[run.action], MOVE_SECONDS)) as rows:
                 async for row in rows:
                     if isinstance(row.get("stage"), str):
                         run.stage, run.moving = row["stage"][:200], bool(row.get("moving"))
