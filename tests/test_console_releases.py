@@ -175,7 +175,7 @@ def test_a_good_challenger_is_promoted_from_the_page_and_rolled_back(world: Cons
 
 def test_a_bad_challenger_is_refused_with_its_conditions(world: Console, place: Place) -> None:
     place.point("challenger", BAD)
-    world.live.service.releases._listed = -1e9  # what it kept of the registry is older than this
+    world.live.service.releases._listing = None  # what it kept of the registry is older than this
     with page(world, OWNER, "releases") as (tab, _):
         fill_in(tab, "Promote…", "it is cheaper")
         run = tab.locator("#run")
@@ -249,7 +249,7 @@ def test_a_registry_that_is_away_is_said(world: Console, place: Place, monkeypat
     away = place.folder / "away.db"
     monkeypatch.setattr(world.live.service.releases, "settings", replaced(world, tracking_uri=f"sqlite:///{away}"))
     with world.owner as http:
-        world.live.service.releases._listed = -1e9
+        world.live.service.releases._listing = None
         listed = http.get(f"{RELEASES}/versions")
         assert listed.status_code == 503 and "no model registry at" in listed.json()["detail"]
         assert asked(http, "promote", GOOD).status_code == 200
@@ -323,7 +323,9 @@ def test_a_service_that_is_restarted_meanwhile_is_said(world: Console, place: Pl
     assert aliases(place.uri)[0] == "1"
 
 
-def test_decisions_go_on_while_the_gate_judges(world: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_go_on_while_the_gate_judges_and_the_service_follows(
+    world: Console, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The child is niced: a decision waits for a turn at most."""
     monkeypatch.setitem(releasing.NICE, "promote", 3)
     with world.owner as http:
@@ -335,5 +337,15 @@ def test_decisions_go_on_while_the_gate_judges(world: Console, monkeypatch: pyte
             assert http.post("/route/preview", json={"prompt": "Hi"}).status_code == 200
             took.append(time.perf_counter() - began)
             time.sleep(0.01)
-        assert ended(http)["state"] == "done"
+        run = ended(http)
+        assert run["state"] == "done" and all(c["holds"] for c in run["result"]["conditions"])
+        follower = world.live.service.follower
+        assert follower is not None
+        wait_for(lambda: follower.version == GOOD, 60.0)
+        assert asked(http, "rollback", GOOD).status_code == 200
+        assert ended(http)["says"] == "router version 1 is champion again; version 2 is rolled back"
+        wait_for(lambda: follower.version == "1", 60.0)
+        versions = http.get(f"{RELEASES}/versions").json()["versions"]
+        assert [v["version"] for v in versions] == ["3", "2", "1"] and versions[2]["aliases"] == ["champion"]
+        assert versions[1]["rolled_back_by"] == "owner" and versions[1]["metrics"]["held_out/auc"] == 0.7
         assert len(took) > 50 and sorted(took)[len(took) // 2] < 0.05 and max(took) < 1.0

@@ -279,8 +279,11 @@ def test_evaluate_and_promote(place: Place) -> None:
     assert not verdict["passed"] and "FAILS fresh log" in said
     assert place.aliases == {"champion": "1", "challenger": "2"}
 
-    code, said = place.run("promote", "router", *logs, "--slice-margin", "task=code:0.3")
+    code, said = place.run("promote", "router", *logs, "--slice-margin", "task=code:0.3", "--json")
     assert code == 1 and "router version 2 is not promoted: fresh log" in said and "days old" in said
+    stages, result = said.split('{"result": ')
+    assert '"stage": "reading the log"' in stages and '"moving": true' not in stages
+    assert '"moved": false' in result and '{"name": "fresh log", "holds": false' in result
     assert place.aliases["champion"] == "1"
 
     code, said = place.run("promote", "router", "2", *logs, *LOOSE)

@@ -531,4 +531,7 @@ def test_the_commands(make: Make, store: str) -> None:
     assert one.startswith("version 1  bundle aa  champion  promoted 20") and one.endswith(" by setup")
     rows = [json.loads(line) for line in said("history", NAME, "--json")[1].splitlines()]
     assert [row["version"] for row in rows] == ["2", "1"] and rows[0]["rolled_back_reason"] == "worse"
+    full = [json.loads(line) for line in said("history", NAME, "--full")[1].splitlines()]
+    assert [{k: row[k] for k in rows[0]} for row in full] == rows
+    assert [row["metrics"] for row in full] == [{}, {}] and all(row["created_us"] > 1e15 for row in full)
     assert said("history", "other")[0] == 2

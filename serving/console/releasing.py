@@ -74,7 +74,7 @@ class Releases:
         """The latest promotion or rollback that was asked of this process."""
         self._task: asyncio.Task[None] | None = None
         self._listing: asyncio.Task[list[dict[str, Any]]] | None = None
-        self._listed = -KEEP_SECONDS
+        self._listed = 0.0
 
     @property
     def name(self) -> str | None:
@@ -180,7 +180,7 @@ class Releases:
             run.state, run.says = "failed", f"it could not be done here ({type(error).__name__}): see the service's log"
         finally:
             run.ended_us = _now_us()
-            self._listed = -KEEP_SECONDS
+            self._listing = None  # what is read of the registry now may be older than this
             if run.state == "failed" and run.moving:
                 run.says += "; whether the champion has moved, the versions tell"
             if run.state != "done" and not run.moving:  # from there on the command tells the audit log itself
