@@ -393,6 +393,7 @@ def test_no_view_breaks_a_rule_of_accessibility(world: Console, scheme: str, wid
         one = http.get("/console/api/decisions", params={"tenant": EVIL}).json()["decisions"][0]["decision_id"]
     screen = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
     with page(world, OWNER, **screen) as (tab, _):
+        tab.set_default_timeout(60_000)
         found = {}
         for view in (*VIEWS, f"decisions/{one}"):
             tab.goto(f"{world.url}/console#/{view}")
@@ -422,7 +423,7 @@ def test_an_empty_store_and_a_trade_off_of_another_bundle(world: Console, tiny_b
                 ("releases", "serves a bundle from a folder"),
             ):  # fmt: skip
                 tab.goto(f"{empty.url}/console#/{view}")
-                expect(tab.locator("main")).to_contain_text(said)
+                expect(tab.locator("main")).to_contain_text(said, timeout=60_000)
                 assert (
                     "NaN" not in tab.locator("main").inner_text()
                     and "undefined" not in tab.locator("main").inner_text()

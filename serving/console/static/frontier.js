@@ -39,7 +39,7 @@ function axes(s) {
   const made = [];
   for (const value of ticks(s.low, s.high)) {
     made.push(svg("line", { class: "grid", x1: s.x(value), x2: s.x(value), y1: TOP, y2: H - BOTTOM }),
-      svg("text", { x: s.x(value), y: H - BOTTOM + 18, "text-anchor": "middle" }, usd(value).replace(" USD", "")));
+      svg("text", { x: s.x(value), y: H - BOTTOM + 18, "text-anchor": "middle" }, value.toLocaleString("en-GB", { maximumSignificantDigits: 3 })));
   }
   for (let i = 0; i <= 4; i += 1) {
     const value = s.bottom + (s.top - s.bottom) * i / 4;
