@@ -185,7 +185,7 @@ def test_a_bad_challenger_is_refused_with_its_conditions(world: Console, place: 
         assert "its lower bound has to be -0.02 or more" in quality.inner_text()
         assert aliases(place.uri)[0] == "1"
         expect(tab.locator("#past tbody tr").first).to_contain_text("It did not come to pass", timeout=60_000)
-        picture(tab, "refused", full_page=True)
+        picture(tab, "refused")
         for width, scheme in ((1200, "light"), (380, "dark")):
             tab.set_viewport_size({"width": width, "height": 800})
             tab.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
