@@ -57,7 +57,7 @@ class Console:
 
     @property
     def owner(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"x-api-key": OWNER}, timeout=30)
+        return httpx.Client(base_url=self.url, headers={"x-api-key": OWNER}, timeout=120)
 
 
 @dataclass
