@@ -123,10 +123,10 @@ def stages(*, transient: bool = False) -> Iterator[Callable[[str, float], None]]
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     tasks: dict[str, TaskID] = {}
-    with Progress(
-        TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True), transient=transient,
-    ) as progress:  # fmt: skip
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn()
+    unseen = transient and not console.is_terminal
+    with Progress(*columns, console=console, transient=transient, disable=unseen) as progress:
 
         def report(stage: str, share: float) -> None:
             if stage not in tasks:
