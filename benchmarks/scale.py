@@ -6,7 +6,7 @@ What they read is made first and is not timed. Imported is an export of LiteLLM'
 proxy wrote (tests/fixtures/litellm), some 8 kB of JSON each, with ids, times and prompts of their own. Trained on are
 requests of 200 to 600 characters, nearly all different, with one outcome each of one of eight models, drawn evenly;
 `train` goes from Parquet to a bundle with its defaults. Both on a tenth of the rows, then on all. Memory is the largest
-sum of what all its processes had resident, looked at four times a second: pages that they share count more than once.
+sum of what all its processes had resident, looked at fifty times a second: pages that they share count more than once.
 """
 
 from __future__ import annotations
