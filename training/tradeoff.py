@@ -74,9 +74,8 @@ class Scope:
 class Tier:
     """A tier's dial: `today` is the position of its setting, and `changes` what each setting changes against it.
 
-    `scope` is the position of the rows that it is judged on, `apart` how sure the difference of any two settings is
-    there (`Changes.apart`). Where the tier cannot be moved as a least probability, `why` says so and there are no
-    changes.
+    `scope` is the position of the rows that it is judged on, `apart` how sure a difference of settings is there
+    (`Changes.apart`). Where the tier cannot be moved as a least probability, `why` says so and there are no changes.
     """
 
     name: str
