@@ -165,7 +165,7 @@ shadow.moves
 
 # %%
 stage = bench.stage(rehearse=REHEARSE)
-stage.promote(verdict, reason="a retrained router, from notebook 03").says
+stage.promote(verdict, champion, challenger, reason="a retrained router, from notebook 03").says
 
 # %% [markdown]
 # ## Does it keep its promise?

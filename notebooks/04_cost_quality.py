@@ -121,7 +121,7 @@ tight.plot()
 
 # %% [markdown]
 # If the dial ends far below where it began, the budget is not a brake but a lower setting with an unpleasant end of the
-# month: choose the setting whose month fits, which is steadier and, since the frontier is concave, better on average.
+# month: choose the setting whose month fits, which is steadier and, where the frontier bends downwards, better on average.
 #
 # ## What if prices change
 #

@@ -98,7 +98,8 @@ class Reader:
         while "the store knows no decision" in done.stderr and time.monotonic() < until:
             time.sleep(0.1)  # who types is slower than the drain, which takes decisions from the spool to the store
             done = CliRunner(env=self.variables).invoke(main, words)
-        assert done.exit_code in codes, f"{command}\n{done.output}\n{done.exception!r}"
+        crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
+        assert done.exit_code in codes and not crashed, f"{command}\n{done.output}\n{done.exception!r}"
         return done.stdout
 
     def _shell(self, command: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from router_ml.budget import Budget
 from router_ml.errors import InputError
+from training.gate import Limits
 from training.pacing import STEPS, pace
 from training.tradeoff import Scope, TradeOff
 from training.tradeoff_levels import Level
@@ -27,7 +29,7 @@ def curve(*costs: float | None) -> TradeOff:
     levels = tuple(level(cost, 0.5 + s / 2) for cost, s in zip(costs, settings, strict=True))
     scope = Scope("all", "", 100, 100, levels, {}, levels[0], None, None)
     return TradeOff(
-        datetime(2026, 1, 1, tzinfo=UTC), "m", "p", {}, 0.95, REQUESTS, ("a",), settings, (scope,), (), ()
+        datetime(2026, 1, 1, tzinfo=UTC), "m", "p", {}, 0.95, REQUESTS, ("a",), settings, (scope,), (), (), Limits()
     )  # fmt: skip
 
 
@@ -67,8 +69,14 @@ def test_a_hard_budget_stops_and_a_day_is_a_thirtieth() -> None:
 
 def test_what_is_not_identified_or_not_possible_says_so() -> None:
     budget = Budget(usd=1.0, per="month", tenant="t")
-    known = pace(curve(None, 0.002, 0.004), budget, 0.5)
+    known = pace(curve(None, 0.002, 0.004), replace(budget, usd=1e6), 0.5)
     assert known.unpressed_usd == pytest.approx(REQUESTS * 0.002)
+    with pytest.raises(InputError, match=r"identifies the settings from 0\.5 to 1, and not 0\.3"):
+        pace(curve(None, 0.002, 0.004), budget, 0.3)
+    with pytest.raises(InputError, match=r"identifies the settings from 0 to 0\.5, and not 0\.85"):
+        pace(curve(0.002, 0.004, None), budget, 0.85)
+    with pytest.raises(InputError, match=r"give the budget a floor of 0\.5"):
+        pace(curve(None, 0.002, 0.004), budget, 0.9)
     with pytest.raises(InputError, match="does not identify"):
         pace(curve(None, None, 0.004), budget, 0.5)
     for values in ({"min_probability": 1.1}, {"min_probability": 0.5, "share": 0.0}):

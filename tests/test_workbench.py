@@ -11,7 +11,7 @@ import pytest
 
 from router_ml import registry
 from router_ml.catalog import Catalog, card_to_json, written
-from router_ml.errors import InputError, RegistryError
+from router_ml.errors import InputError, MovedError, RegistryError
 from router_ml.logs import write_log
 from router_ml.store import Store
 from training.gate import Condition, Verdict
@@ -47,16 +47,22 @@ def test_champion_challenger_and_moves_in_a_copy(bench: Workbench) -> None:
     assert (bench.bundle / "manifest.json").stat().st_mtime_ns == stamp, "what is there is not trained again"
     before = bench.history()
     stage = bench.stage()
-    refused = stage.promote(FAILED)
+    refused = stage.promote(FAILED, champion, challenger)
     assert refused.promotion is None and refused.says == "version 2 is not promoted: cost"
     assert stage.rollback(reason="none").promotion is None
-    assert stage.promote(PASSED, reason="better").says == "version 2 is champion; version 1 was it before"
+    assert (
+        stage.promote(PASSED, champion, challenger, reason="better").says
+        == "version 2 is champion; version 1 was it before"
+    )
     assert stage.history().filter(pl.col("version") == "2")["reason"].to_list() == ["better"]
     assert stage.rollback(reason="worse").says == "version 1 is champion again; version 2 is rolled back"
     assert stage.rolled_back(challenger) is not None and bench.rolled_back(challenger) is None
     assert bench.history().equals(before), "the registry itself is as it was"
     assert bench.stage(rehearse=False) is bench
-    assert bench.stage().promote(PASSED).promotion is not None, "a new rehearsal begins from the registry"
+    again = bench.stage().promote(PASSED, champion, challenger)
+    assert again.promotion is not None, "a new rehearsal begins from the registry"
+    with pytest.raises(MovedError, match="was judged: judge them again"):
+        bench.stage().promote(PASSED, challenger, champion)
 
 
 def test_what_is_trained_becomes_a_version(bench: Workbench) -> None:
@@ -78,7 +84,7 @@ def test_a_registry_that_is_not_the_notebooks_own_is_not_filled(bench: Workbench
     with pytest.raises(RegistryError, match="challenger"):
         theirs.challenger()
     assert theirs.register(made).alias == "challenger"
-    assert theirs.stage().promote(PASSED).promotion is not None
+    assert theirs.stage().promote(PASSED, theirs.champion(), theirs.challenger()).promotion is not None
     assert registry.resolve(uri, "router").version == "1"
 
 

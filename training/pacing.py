@@ -67,7 +67,8 @@ def pace(found: TradeOff, budget: Budget, min_probability: float, *, share: floa
 
     Cost and quality at each dial are the estimates of the trade-off's settings on all its rows, joined by lines.
     `share` is the part of the traffic that the budget is for. Raises InputError where the log identifies fewer than two
-    settings, or for a share or a dial that is not possible.
+    settings, for a share or a dial that is not possible, and for a dial, moved or not, outside of the settings that the
+    log identifies.
     """
     if not 0.0 < share <= 1.0 or not 0.0 <= min_probability <= 1.0:
         raise InputError("the share of the traffic has to lie in (0, 1], and the least probability in [0, 1]")
@@ -78,6 +79,11 @@ def pace(found: TradeOff, budget: Budget, min_probability: float, *, share: floa
     ]
     if len(known) < 2:
         raise InputError("the log does not identify what the settings of the dial cost: explore, and log propensities")
+    if not known[0][0] <= min_probability <= known[-1][0]:
+        raise InputError(
+            f"the log identifies the settings from {known[0][0]:g} to {known[-1][0]:g}, and not {min_probability:g}: "
+            "choose a dial among them, or explore"
+        )
     settings, cost, quality = (np.array(column) for column in zip(*known, strict=True))
     requests = found.requests_a_month * share / (1.0 if budget.per == "month" else DAYS_A_MONTH)
     elapsed = np.arange(STEPS) / STEPS
@@ -89,6 +95,11 @@ def pace(found: TradeOff, budget: Budget, min_probability: float, *, share: floa
             continue
         pressure = budget.pressure(usd, float(gone))
         dials[step] = min_probability if pressure is None else moved(min_probability, pressure)
+        if dials[step] < settings[0]:
+            raise InputError(
+                f"the budget moves the dial to {dials[step]:.3g}, and of settings below {settings[0]:g} the log tells "
+                f"nothing: give the budget a floor of {settings[0]:g}, or explore"
+            )
         worth[step] = np.interp(dials[step], settings, quality)
         usd += float(np.interp(dials[step], settings, cost)) * requests / STEPS
     served = ~np.isnan(dials)

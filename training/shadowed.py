@@ -92,7 +92,9 @@ class Shadowed:
 
     def plot(self) -> Figure:
         """The change of quality: what the two expect of themselves, and what the outcomes say."""
-        found = {"P(ok), own estimates": self.expected["p_ok"].change}
+        found = {}
+        if "p_ok" in self.expected:
+            found["P(ok), own estimates"] = self.expected["p_ok"].change
         if "quality" in self.observed:
             found["quality, off-policy"] = self.observed["quality"].change
         return interval_plot(found, "challenger less champion, a request", zero=True)
@@ -217,6 +219,8 @@ def _expected(own: pl.DataFrame, confidence: float, seed: int) -> dict[str, Cont
     found = {}
     for name in EXPECTED:
         known = own.drop_nulls([f"champion_{name}", f"challenger_{name}"])
+        if known.is_empty():  # nothing has a price, say
+            continue
         old, new = (known[f"{side}_{name}"].to_numpy() for side in ("champion", "challenger"))
         unit = known.select(pl.coalesce("session", "request_id").rank("dense").cast(pl.Int64)).to_series().to_numpy()
         change = bootstrap_interval((new - old)[:, None], unit, confidence=confidence, seed=seed)

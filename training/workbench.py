@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import polars as pl
 
 from router_ml import registry, rollout
 from router_ml.bundle import read_bundle
 from router_ml.catalog import Catalog, load_card
-from router_ml.errors import InputError, NoAliasError, NotRegisteredError, NoWayBackError
+from router_ml.errors import InputError, MovedError, NoAliasError, NotRegisteredError, NoWayBackError
 from router_ml.logs import log_sha256, read_log, read_log_info
 from router_ml.policy import Policy
 from router_ml.registry import CHALLENGER, CHAMPION, ModelVersion
@@ -182,18 +183,20 @@ class Workbench:
                 )  # fmt: skip
         return replace(self, registry=uri, own=True)
 
-    def promote(self, verdict: Verdict, *, reason: str | None = None) -> Move:
-        """Makes the challenger the champion if every condition of the verdict holds, and else says which does not.
+    def promote(self, verdict: Verdict, champion: Entry, challenger: Entry, *, reason: str | None = None) -> Move:
+        """Makes `challenger` the champion if every condition of the verdict on the two holds, else says which does not.
 
-        Raises MovedError where somebody has moved the champion meanwhile, RegistryError where the registry fails.
+        Raises MovedError where the registry's champion or challenger is another bundle than the one that was judged,
+        RegistryError where the registry fails.
         """
-        champion, challenger = self._version(CHAMPION), self._version(CHALLENGER)
+        champion_version = self._judged(CHAMPION, champion)
+        version = self._judged(CHALLENGER, challenger)
         if not verdict.passed:
             failed = ", ".join(condition.name for condition in verdict.failed)
-            return Move(None, f"version {challenger.version} is not promoted: {failed}")
+            return Move(None, f"version {version} is not promoted: {failed}")
         moved = rollout.promote(
-            self.registry, self.name, challenger.version, who=getpass.getuser(), reason=reason,
-            gate=verdict.to_json(), expected=champion.version,
+            self.registry, self.name, version, who=getpass.getuser(), reason=reason,
+            gate=verdict.to_json(), expected=champion_version,
         )  # fmt: skip
         return Move(moved, f"version {moved.version} is champion; version {moved.before} was it before")
 
@@ -216,6 +219,13 @@ class Workbench:
         return pl.DataFrame(rows, infer_schema_length=None).select(
             *columns, pl.col("rolled_back_reason").cast(pl.String)
         )
+
+    def _judged(self, alias: str, entry: Entry) -> str:
+        """The registry's number of a judged bundle, which in a rehearsal is another. Raises MovedError."""
+        version, judged = self._version(alias), entry.contender.version
+        if (now := version.tags.get("bundle_version")) != judged:
+            raise MovedError(f"the {alias} is bundle {now} by now, and {judged} was judged: judge them again")
+        return version.version
 
     def _has(self, alias: str) -> bool:
         try:
@@ -300,7 +310,8 @@ def workbench(
 def _name(source: str | Path) -> str:
     """A folder's name for what comes of a source: its own end, which holds no password, and a hash of all of it."""
     whole = str(source) if "://" in str(source) else str(Path(source).resolve())
-    end = whole.rstrip("/").rpartition("/")[2].partition("?")[0]
+    path = urlsplit(whole).path if "://" in whole else whole  # the rest of a URL may hold a password
+    end = path.rstrip("/").rpartition("/")[2]
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in end).lstrip(".")
     return f"{kept}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
