@@ -69,10 +69,6 @@ class LogWriter:
         self.overwrite, self.part_rows = overwrite, part_rows
         _refuse_existing(self.out, overwrite)
         self.tmp = self.out.with_name(f".{self.out.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            self.tmp.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"cannot write beside {self.out}: {error.strerror}: choose another --out") from None
         self.summary: LogSummary | None = None
         self._state = ValidationState()
         self._hash = LogHash()
@@ -87,6 +83,13 @@ class LogWriter:
         self._last: datetime | None = None
 
     def __enter__(self) -> LogWriter:
+        try:
+            self.tmp.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot write beside {self.out}: {error.strerror}: choose another --out") from None
+        except BaseException:  # an interruption just then: nobody leaves what was not entered
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            raise
         return self
 
     def __exit__(

@@ -453,8 +453,8 @@ def test_long_work_shows_progress_and_an_interruption_does_no_harm(name: str, wa
     left = {p.name for p in folder.iterdir()} - before
     assert left <= ({"new"} if name == "import" else {"demo"} if name == "demo" else set())
     assert [p.name for p in (tmp_path / "scratch").iterdir()] == []
-    if name == "import":  # it goes on where it was, and readers have not seen any of it
-        assert not (folder / "new" / "log.json").exists()
+    if name == "import":  # it goes on where it was, and readers have seen none of it, or all
+        assert not (folder / "new" / "log.json").exists() or len(read_log(folder / "new")) == n
         assert f"{n} rows" in ok("import", "table", folder / "calls.csv", "--out", folder / "new")
     assert registry.resolve(way.uri, "router", "champion").version == "1"
 
