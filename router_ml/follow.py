@@ -16,7 +16,6 @@ import logging
 import os
 import queue
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from router_ml import log_lines, registry
+from router_ml.addresses import redacted, shown
 from router_ml.bundle import read_bundle, swap
 from router_ml.errors import BundleError, NoAliasError, RegistryError, RouterError
 
@@ -228,10 +228,10 @@ def _said(error: Exception, followed: Followed) -> str:
         text = str(error)
     else:
         text = (
-            f"the model registry {followed.uri} answered what cannot be understood ({type(error).__name__}: "
+            f"the model registry {shown(followed.uri)} answered what cannot be understood ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): check that an MLflow server is at that address"
         )
-    return re.sub(r"://\S*@", "://", text)
+    return redacted(text, followed.uri)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router_ml.addresses import redacted, shown
 from router_ml.bundle import MANIFEST, check_replaceable, swap
 from router_ml.errors import NoAliasError, NotRegisteredError, RegistryError
 
@@ -132,8 +132,8 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
             fetched = _fetch(uri, f"{source}/{_bundle_path(uri, name, version, source, aside)}", aside / "new")
             if not (fetched / MANIFEST).is_file():
                 raise RegistryError(
-                    f"version {version} of {name!r} holds no bundle (no {MANIFEST} in {source}): register it again "
-                    f"with `router-ml train --register {name}`"
+                    f"version {version} of {name!r} holds no bundle (no {MANIFEST} in {shown(source)}): register "
+                    f"it again with `router-ml train --register {name}`"
                 )
             swap(fetched, to, aside / "old")
         finally:
@@ -144,11 +144,6 @@ def download(uri: str, name: str, version: str, to: Path) -> Path:
 def sqlite_path(uri: str) -> Path | None:
     """The database file of a SQLite store, None for any other kind of store."""
     return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
-
-
-def shown(uri: str) -> str:
-    """The URI as errors may show it: without a password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
 def connect(uri: str) -> MlflowClient:
@@ -172,8 +167,8 @@ def _open(uri: str) -> MlflowClient:
 def _check_uri(uri: str) -> None:
     if "://" not in uri or uri.startswith("file:") or uri in ("sqlite://", _SQLITE, f"{_SQLITE}:memory:"):
         raise RegistryError(
-            f"{uri!r} cannot hold a model registry: use a database such as sqlite:///mlflow.db, or the address of an "
-            f"MLflow server such as http://127.0.0.1:5000"
+            f"{shown(uri)!r} cannot hold a model registry: use a database such as sqlite:///mlflow.db, or the address "
+            f"of an MLflow server such as http://127.0.0.1:5000"
         )
 
 
@@ -314,7 +309,7 @@ def reported(uri: str) -> Iterator[None]:
     except Exception as error:
         if not _is_store_error(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = redacted(str(error), uri)[:300]  # cut last: half a password would be known no more
         raise RegistryError(
             f"the model registry {shown(uri)} did not answer as it should: {reason}; check that the tracking URI is "
             f"right and that it can be reached and written to"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from router_ml.addresses import shown
 from router_ml.errors import RegistryError
-from router_ml.registry import CHAMPION, connect, registered, reported, shown
+from router_ml.registry import CHAMPION, connect, registered, reported
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

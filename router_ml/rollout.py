@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from router_ml.addresses import redacted, shown
 from router_ml.errors import InputError, MovedError, NoWayBackError, RegistryError
-from router_ml.registry import CHAMPION, PREVIOUS, connect, locked, reported, shown
+from router_ml.registry import CHAMPION, PREVIOUS, connect, locked, reported
 from router_ml.reigns import (
     AUTOMATIC,
     FORCED_WHY,
@@ -231,9 +232,11 @@ def _note(engine: sa.Engine, who: str, time_us: int, content: Mapping[str, Any])
             # The log leaves out what is the same as before; two moves never are, whatever they have in common.
             audit.note(connection, "registry", who, time_us, {"id": new_id(), **content})
     except sa.exc.SQLAlchemyError as error:
-        url = engine.url.render_as_string(hide_password=True)
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:200]
-        raise InputError(f"the audit log in {url} cannot be written to, so nothing was moved: {reason}") from None
+        url = engine.url.render_as_string(hide_password=False)
+        reason = redacted(str(getattr(error, "orig", None) or error), url)[:200]
+        raise InputError(
+            f"the audit log in {shown(url)} cannot be written to, so nothing was moved: {reason}"
+        ) from None
 
 
 def _opened(store: str) -> sa.Engine:

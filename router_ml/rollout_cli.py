@@ -177,6 +177,7 @@ class _Watcher:
         """Says the champion's state in a line and acts on it; 0 where the promise holds. Raises RouterError."""
         import sqlalchemy as sa
 
+        from router_ml.addresses import redacted
         from router_ml.rollout import reign
         from router_ml.stored import told_decisions
         from training.watch import watch as run
@@ -191,7 +192,9 @@ class _Watcher:
             rows = told_decisions(self.open(), now.bundle, now.since_us)
             found = run(rows, tolerance=self.tolerance, confidence=self.confidence)
         except sa.exc.SQLAlchemyError as error:
-            raise UnreachableError(f"the store does not answer: {getattr(error, 'orig', None) or error}") from None
+            raise UnreachableError(
+                f"the store does not answer: {redacted(str(getattr(error, 'orig', None) or error), self.store)}"
+            ) from None
         if not found.broken:
             click.echo(f"{who} holds: {found.why}")
             return 0
@@ -250,6 +253,6 @@ def register_as(bundle: Path, name: str, alias: str | None, tracking_uri: str) -
 
 def say_registered(made: ModelVersion, tracking_uri: str) -> None:
     """Prints which version a bundle became, and where."""
-    from router_ml.registry import shown
+    from router_ml.addresses import shown
 
     click.echo(f"registered as {made.name} version {made.version}, alias {made.alias} ({shown(tracking_uri)})")

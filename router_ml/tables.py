@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from router_ml.addresses import redacted, shown
 from router_ml.errors import InputError, UnreachableError
 from router_ml.types import Candidate, RouteDecision, RouteRequest
 
@@ -151,7 +152,7 @@ def open_database(url: str) -> sa.Engine:
         parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
     except sa.exc.ArgumentError:
         raise InputError("the store's URL is not valid: use sqlite:///PATH or postgresql+psycopg://…") from None
-    name = parsed.set(query={}).render_as_string(hide_password=True)  # a query may hold a password, too
+    name = shown(parsed.set(query={}).render_as_string(hide_password=True))
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise InputError("the store needs a file: an SQLite database in memory is gone with the process")
     try:
@@ -179,7 +180,7 @@ def open_database(url: str) -> sa.Engine:
             if version == SCHEMA_VERSION:
                 _make_tables(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
-        reason = getattr(error, "orig", None) or error
+        reason = redacted(str(getattr(error, "orig", None) or error), url)
         away = isinstance(error, sa.exc.OperationalError) and parsed.get_backend_name() == "postgresql"
         kind = UnreachableError if away else InputError
         raise kind(f"the store {name} cannot be opened: {reason}") from None

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import select
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from router_ml import log_lines
+from router_ml.addresses import shown
 from router_ml.draining import module_command
 from router_ml.errors import InputError, RegistryError, RouterError
 from router_ml.follow import CURRENT, INCOMING, VERSIONS, Backoff, Followed, Report
@@ -347,4 +347,4 @@ class Follower:
 
 def _bare(uri: str) -> str:
     """A registry's address without credentials."""
-    return re.sub(r"://\S*@", "://", uri)
+    return shown(uri).replace("***@", "")

@@ -11,13 +11,26 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import requests
+import sqlalchemy as sa
 from conftest import new_postgres
 from mlflow import MlflowClient
 
+from router_ml.addresses import redacted, shown
 from router_ml.bundle import read_bundle, write_bundle
 from router_ml.catalog import Catalog
 from router_ml.errors import BundleError, InputError, RegistryError
-from router_ml.registry import ModelVersion, connect, download, ensure_store, enter, promote, resolve, versions
+from router_ml.registry import (
+    ModelVersion,
+    connect,
+    download,
+    ensure_store,
+    enter,
+    promote,
+    reported,
+    resolve,
+    versions,
+)
 from training.report import publish
 from training.tracking import register_bundle
 from training.train import train
@@ -244,7 +257,56 @@ def test_an_unreachable_server_is_said_soon() -> None:
 def test_an_error_shows_no_password() -> None:
     with pytest.raises(RegistryError, match="did not answer") as caught:
         ensure_store("postgresql+psycopg://me:hush@127.0.0.1:9/mlflow")
-    assert "me:***@127.0.0.1:9/mlflow" in str(caught.value) and "hush" not in str(caught.value)
+    assert "://***@127.0.0.1:9/mlflow" in str(caught.value) and "hush" not in str(caught.value)
+
+
+def test_a_server_that_is_away_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match=r"http://\*\*\*@127\.0\.0\.1:9 did not answer") as caught:
+        resolve("http://user:SECRET@127.0.0.1:9", "router")
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://SECRET@127.0.0.1:9",
+        "http://user:SEC%2FRET@127.0.0.1:9",
+        "http://127.0.0.1:9?token=SECRET",
+        "postgresql+psycopg://u:pa/SECRET@127.0.0.1:9/db",
+        "postgresql+psycopg://127.0.0.1:9/db?user=u&password=SECRET",
+        "postgresql+psycopg://127.0.0.1:9/db?no_option=1&sslpassword=SECRET",
+        "mysql+none://u:SECRET@127.0.0.1:9/db",
+    ],
+)
+def test_no_way_to_write_a_secret_shows_it(address: str) -> None:
+    """With what requests, SQLAlchemy and libpq themselves say of an address that cannot be reached."""
+    with pytest.raises(RegistryError) as caught, reported(address):
+        requests.get(address, timeout=5) if address.startswith("http") else sa.create_engine(address).connect()
+    assert "SECRET" not in str(caught.value) and "SEC/RET" not in str(caught.value) and "***" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "seen"),
+    [
+        ("postgresql://u:pa/SECRET@h/db", "postgresql://***@h/db"),
+        ("postgresql://u:p@SECRET@h/db", "postgresql://***@h/db"),
+        ("postgresql://u:p?SECRET#@h/db", "postgresql://***@h/db"),
+        ("postgresql://h:5432/db?user=u&password=a@SECRET&sslmode=require", "postgresql://h:5432/db?user=u&password=***&sslmode=require"),
+        ("postgresql://h/db?PassWD=SECRET&pwd=SECRET&secret=SECRET&key=SECRET&api_key=SECRET", "postgresql://h/db?PassWD=***&pwd=***&secret=***&key=***&api_key=***"),
+        ("https://SECRET@mlflow.example/a@b", "https://***@mlflow.example/a@b"),
+        ("sqlite:////home/a@b/c:d@e/mlflow.db", "sqlite:////home/a@b/c:d@e/mlflow.db"),
+        ("http://127.0.0.1:5000/x?experiment=1", "http://127.0.0.1:5000/x?experiment=1"),
+    ],
+)  # fmt: skip
+def test_an_address_is_shown_without_its_secrets_alone(address: str, seen: str) -> None:
+    assert shown(address) == seen
+    assert redacted(f"GET {address} of h\n failed", address) == f"GET {seen} of h failed"
+
+
+def test_a_secret_that_a_library_quotes_by_itself_is_not_shown() -> None:
+    said = redacted("no such user, or hush/hush is wrong; hush%2Fhush", "postgresql://me:hush%2Fhush@h/db")
+    assert said == "no such user, or *** is wrong; ***"
 
 
 def test_a_file_that_is_no_database_is_refused_and_stays(tmp_path: Path) -> None:

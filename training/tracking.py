@@ -13,9 +13,10 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router_ml.addresses import shown
 from router_ml.bundle import read_bundle
 from router_ml.errors import RegistryError
-from router_ml.registry import BUNDLE, ModelVersion, connect, ensure_store, promote, shown, sqlite_path
+from router_ml.registry import BUNDLE, ModelVersion, connect, ensure_store, promote, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

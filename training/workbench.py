@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from router_ml import registry, rollout
+from router_ml.addresses import shown
 from router_ml.bundle import read_bundle
 from router_ml.catalog import Catalog, load_card
 from router_ml.errors import InputError, MovedError, NoAliasError, NotRegisteredError, NoWayBackError
@@ -310,7 +311,7 @@ def workbench(
 def _name(source: str | Path) -> str:
     """A folder's name for what comes of a source: its own end, which holds no password, and a hash of all of it."""
     whole = str(source) if "://" in str(source) else str(Path(source).resolve())
-    path = urlsplit(whole).path if "://" in whole else whole  # the rest of a URL may hold a password
+    path = urlsplit(shown(whole)).path if "://" in whole else whole  # the rest of a URL may hold a password
     end = path.rstrip("/").rpartition("/")[2]
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in end).lstrip(".")
     return f"{kept}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"

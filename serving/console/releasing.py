@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from router_ml.addresses import shown
 from router_ml.draining import module_command
-from router_ml.registry import CHAMPION, shown
+from router_ml.registry import CHAMPION
 from router_ml.router import new_id
 from router_ml.store import Store
 from serving.problems import ProblemError

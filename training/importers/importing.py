@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import polars as pl
 
+from router_ml.addresses import shown
 from router_ml.catalog import Catalog
 from router_ml.errors import InputError
 from router_ml.log_writer import LOG_FORMAT, LogSummary, keep_rejects, too_many_rejects
@@ -115,7 +116,7 @@ def _place(source: str) -> str:
     """A source by a name that is the same next time, and that tells no password."""
     if "://" not in source:
         return str(Path(source).resolve())
-    parts = urlsplit(source)
+    parts = urlsplit(shown(source))
     # Of the parameters those that say which tables are read.
     which = [(k, v) for k, v in sorted(parse_qsl(parts.query)) if k in _WHICH and (k, v) != ("schema", "public")]
     query = f"?{urlencode(which)}" if which else ""
