@@ -93,11 +93,14 @@ def residency(store: str, catalog: tuple[tuple[str, Path], ...], since: datetime
 
 def _moved(after: dict[str, Any]) -> str:
     """A move of the champion in a line, as `rollout` notes it."""
+    if after.get("asked"):
+        return f"{after['action']} of {after['name']} version {after['version']} asked for: {after['reason']}"
     how = {"promote": "promoted", "rollback": "rolled back to"}[after["action"]]
     how = f"{'automatically ' if after.get('automatic') else ''}{how}{' by force' if after.get('forced') else ''}"
     was = "the first" if after["before"] is None else f"was {after['before']}"
     why = f": {after['reason']}" if after.get("reason") else ""
-    failed = f" (did not come to pass: {after['failed']})" if "failed" in after else ""
+    doubt = "may not have come to pass" if after.get("unsure") else "did not come to pass"
+    failed = f" ({doubt}: {after['failed']})" if "failed" in after else ""
     return f"{after['name']} version {after['version']} {how}, {was}{why}{failed}"
 
 

@@ -186,18 +186,19 @@ def promote(
             failed = ", ".join(condition.name for condition in verdict.failed)
             out.end(f"{name} version {wanted} is not promoted: {failed}", {**result, "moved": False}, err=True)
             sys.exit(1)
-        out.stage("moving the alias", moving=True)
-        moved = rollout.promote(
-            tracking_uri,
-            name,
-            wanted,
-            who=who,
-            reason=reason,
-            forced=force,
-            gate=gate,
-            store=basis.store,
-            expected=before,
-        )
+        with out.move() as begins:
+            moved = rollout.promote(
+                tracking_uri,
+                name,
+                wanted,
+                who=who,
+                reason=reason,
+                forced=force,
+                gate=gate,
+                store=basis.store,
+                expected=before,
+                begins=begins,
+            )
     said = f"; version {moved.before} was it before" if moved.before is not None else ""
     out.end(
         f"{moved.name} version {moved.version} is now champion{said}{' (forced)' if force else ''}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -77,6 +77,7 @@ def promote(
     gate: Mapping[str, Any] | None = None,
     store: str | None = None,
     expected: str | None = None,
+    begins: Callable[[], object] = lambda: None,
 ) -> Promotion:
     """Makes `version` the champion in one step; `previous` then points to the version to roll back to.
 
@@ -85,7 +86,8 @@ def promote(
     moves, and once more where it then does not.
     `forced` says that the gate was overruled, which takes a reason and a store. `expected` is the version that has to
     be champion still, "" if there has to be none. To promote the champion again is to stand by it: its record begins
-    anew.
+    anew. `begins` is called when all has been looked at and the audit log told: an end before it has moved nothing,
+    after it tags and alias are written.
 
     Raises InputError for a forced promotion without a reason or without a store that can be written to, MovedError
     where the champion is not the `expected` one, RegistryError for an unknown version or a registry that fails. After
@@ -110,7 +112,7 @@ def promote(
         _expect(found, expected)
         now = max(_now_us(), 1 + found.us(version, PROMOTED, LEFT, ROLLED_BACK, RETURNED))
         told = {"action": "promote", "forced": forced, "reason": reason, "gate": judged}
-        with _noted(engine, who, now, found, version, told):
+        with _noted(engine, who, now, found, version, told, begins):
             stated = {
                 PROMOTED_BY: who,
                 PROMOTED_WHY: None if forced else reason,
@@ -141,13 +143,15 @@ def rollback(
     expected: str | None = None,
     store: str | None = None,
     automatic: bool = False,
+    begins: Callable[[], object] = lambda: None,
 ) -> Promotion:
     """Makes the version champion that was it before; a second rollback goes further back, and not forth again.
 
     That is the version which `previous` names; where there is none (or a process ended between two calls), the one that
     was left last and not by a rollback. The version that is left is tagged as rolled back, with reason and time, and
-    `previous` points to the one before the new champion, or is taken away. `store` as in `promote`; what it cannot be
-    told is not done. Whoever comes second of two that roll back at once gets a MovedError and moves nothing.
+    `previous` points to the one before the new champion, or is taken away. `store` and `begins` as in `promote`;
+    what the store cannot be told is not done. Whoever comes second of two that roll back at once gets a MovedError and
+    moves nothing.
 
     Raises InputError without a reason, MovedError where the champion is not the `expected` one (or changes meanwhile),
     NoWayBackError where there is nothing to go back to, RegistryError where the registry fails.
@@ -173,7 +177,8 @@ def rollback(
                 f"{left} and was not rolled back; promote one: router-ml promote {name} VERSION"
             )
         now = max(_now_us(), 1 + found.us(left, PROMOTED, LEFT, RETURNED), 1 + found.us(target, PROMOTED, LEFT))
-        with _noted(engine, who, now, found, target, {"action": "rollback", "reason": why, "automatic": automatic}):
+        told = {"action": "rollback", "reason": why, "automatic": automatic}
+        with _noted(engine, who, now, found, target, told, begins):
             # The times come last: they are what counts, and what a killed process has not written it has not done.
             found.tag(left, {ROLLED_BACK_BY: who, ROLLED_BACK_WHY: why, ROLLED_BACK: str(now)})
             found.tag(target, {RETURNED_BY: who, AUTOMATIC: "true" if automatic else None, RETURNED: str(now)})
@@ -203,15 +208,23 @@ def _tidy(client: MlflowClient, uri: str, name: str) -> None:
 
 @contextmanager
 def _noted(
-    engine: sa.Engine | None, who: str, time_us: int, found: Registry, version: str, told: Mapping[str, Any]
+    engine: sa.Engine | None,
+    who: str,
+    time_us: int,
+    found: Registry,
+    version: str,
+    told: Mapping[str, Any],
+    begins: Callable[[], object],
 ) -> Iterator[None]:
     """Tells the audit log what is about to be done; and that it was not, where the steps inside raise."""
     if engine is None:
+        begins()
         yield
         return
     moved = {"name": found.name, "version": version, "before": found.champion, "bundle": found.bundle(version)}
     _note(engine, who, time_us, {**moved, **told})
     try:
+        begins()
         yield
     except BaseException as error:
         with contextlib.suppress(InputError):  # the first error is the one to report

@@ -63,8 +63,8 @@ def rollback(
     from router_ml.rollout import rollback as run
 
     out = Outcome(as_json)
-    out.stage("moving the alias", moving=True)
-    moved = run(tracking_uri, name, who=who, reason=reason, expected=expected, store=store)
+    with out.move() as begins:
+        moved = run(tracking_uri, name, who=who, reason=reason, expected=expected, store=store, begins=begins)
     out.end(
         f"{name} version {moved.version} is champion again; version {moved.before} is rolled back",
         {"name": name, "version": moved.version, "before": moved.before, "moved": True},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from router_ml.errors import RouterError
+from router_ml.errors import MovedError, RouterError
 from router_ml.writing import finite
 
 if TYPE_CHECKING:
@@ -81,9 +81,18 @@ class Outcome:
         self.as_json = as_json
 
     def stage(self, stage: str, *, moving: bool = False) -> None:
-        """What begins now, for a program that shows it; `moving`: from here on registry and audit log may change."""
+        """What begins now, for a program that shows it; `moving`: from here on the registry may change."""
         if self.as_json:
             self._put({"stage": stage, "moving": moving})
+
+    @contextmanager
+    def move(self) -> Iterator[Callable[[], None]]:
+        """What a move of the alias calls as it `begins`; a move that finds another champion then has moved nothing."""
+        try:
+            yield lambda: self.stage("moving the alias", moving=True)
+        except MovedError:
+            self.stage("another one was faster", moving=False)
+            raise
 
     def say(self, line: str) -> None:
         """A line for a person."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from live_service import process, running, wait_for
 from moving_champions import NAME, aliases, another
 from playwright.sync_api import Page, expect
 
-from router_ml import registry
+from router_ml import registry, rollout
 from router_ml.logs import write_log
 from router_ml.tables import open_database
 from serving.console import releasing
@@ -162,13 +163,17 @@ def test_a_good_challenger_is_promoted_from_the_page_and_rolled_back(world: Cons
         assert http.get("/readyz").json()["model_version"] == bundle
         expect(tab.locator("#served")).to_contain_text(bundle)
         expect(tab.locator("#past tbody")).to_contain_text("version 2 promoted")
+        assert tab.locator("#past tbody tr", has_text="version 2 promoted").count() == 1
+        expect(tab.locator("#past tbody")).to_contain_text(f"the promotion of {NAME} version 2 was asked for")
         fill_in(tab, "Roll back…", "answers got worse")
         expect(run.locator("h3")).to_have_text("Rollback of version 2", timeout=60_000)
         expect(run.locator("[role=status]")).to_contain_text("This service serves it", timeout=60_000)
         assert aliases(place.uri)[0] == "1"
         expect(rows.nth(1)).to_contain_text("rolled back", timeout=60_000)
         assert seen.errors == [] and all(url.startswith(world.url + "/") for url in seen.requests)
-    first, second = notes(world)[-2:]
+    asked_for, first, asked_again, second = notes(world)[-4:]
+    assert (asked_for["after"]["action"], asked_for["after"]["reason"]) == ("promote", f"newer {EVIL}")
+    assert asked_for["after"]["asked"] and asked_again["after"]["asked"] and asked_for["who"] == "owner"
     assert (first["who"], first["after"]["action"], first["after"]["reason"]) == ("owner", "promote", f"newer {EVIL}")
     assert (second["after"]["action"], second["after"]["reason"]) == ("rollback", "answers got worse")
 
@@ -242,6 +247,9 @@ def test_two_at_once_are_one_and_a_champion_that_has_changed_stays(world: Consol
         assert busy["type"].endswith(":busy") and "owner asked for is at work" in busy["detail"]
         run = ended(http)
     assert run["state"] == "failed" and "it is version 1: nothing was moved" in run["says"] and run["reason"] == why
+    assert not run["moving"] and "the versions tell" not in run["says"]
+    begun, told_of = of_run(world, run)
+    assert begun["asked"] and "nothing was moved" in told_of["failed"] and "unsure" not in told_of
     assert aliases(place.uri)[0] == "1"
 
 
@@ -252,9 +260,58 @@ def test_a_registry_that_is_away_is_said(world: Console, place: Place, monkeypat
         world.live.service.releases._listing = None
         listed = http.get(f"{RELEASES}/versions")
         assert listed.status_code == 503 and "no model registry at" in listed.json()["detail"]
-        assert asked(http, "promote", GOOD).status_code == 200
-        assert "no model registry at" in ended(http)["says"]
+        for action in ("promote", "rollback"):
+            assert asked(http, action, GOOD, "it is better").status_code == 200
+            run = ended(http)
+            assert "no model registry at" in run["says"] and not run["moving"]
+            begun, told_of = of_run(world, run)
+            assert (begun["asked"], begun["action"], begun["version"], begun["reason"]) == (
+                True,
+                action,
+                GOOD,
+                "it is better",
+            )
+            assert "no model registry at" in told_of["failed"] and told_of["action"] == action
     assert not away.exists()
+
+
+def of_run(console: Console, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the service itself has noted of a promotion or rollback."""
+    assert console.live.service.store.flush()
+    wait_for(lambda: any("failed" in n["after"] and n["after"]["id"] == run["id"] for n in notes(console)))
+    return [note["after"] for note in notes(console) if note["after"]["id"] == run["id"]]
+
+
+KILLED = """
+import os, runpy, mlflow
+mlflow.MlflowClient.set_registered_model_alias = lambda *_: os.kill(os.getpid(), 9)
+runpy.run_module("router_ml.told", run_name="__main__")
+"""
+
+
+def test_a_child_that_is_killed_during_the_move_leaves_the_truth(
+    world: Console, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the note of the move and the alias: the note says what was to be, the next one that nobody knows."""
+    rollout.promote(place.uri, NAME, GOOD, who="ann")
+    monkeypatch.setattr(releasing, "module_command", lambda _: [sys.executable, "-c", KILLED])
+    with world.owner as http:
+        assert asked(http, "rollback", GOOD).status_code == 200
+        run = ended(http)
+    assert run["state"] == "failed" and run["moving"] and run["says"].endswith("the versions tell")
+    begun, told_of = of_run(world, run)
+    assert begun["asked"] and told_of["unsure"]
+    assert told_of["failed"].startswith("was ended during the move; the versions tell (it ended with code -9")
+    by_the_command = notes(world)[-2]["after"]
+    assert (by_the_command["action"], by_the_command["version"], by_the_command.get("failed")) == (
+        "rollback",
+        "1",
+        None,
+    )
+    assert aliases(place.uri)[0] == GOOD
+    with page(world, OWNER, "releases") as (tab, _):
+        latest = tab.locator("#past tbody tr").first
+        expect(latest).to_contain_text("It may not have come to pass: was ended during the move", timeout=60_000)
 
 
 def replaced(world: Console, **changes: Any) -> Any:
@@ -320,6 +377,8 @@ def test_a_service_that_is_restarted_meanwhile_is_said(world: Console, place: Pl
         ends.enter_context(process(http.base_url.port, **common))
         expect(tab.locator("#run [role=status]")).to_contain_text("The service was restarted meanwhile", timeout=60_000)
         assert seen.errors == [] or all("ERR_CONNECTION_REFUSED" in error for error in seen.errors)
+        (noted,) = (c for c in http.get("/console/api/changes").json()["changes"] if c["kind"] == "registry")
+        assert noted["after"]["asked"] and noted["after"]["reason"] == "before the restart"
     assert aliases(place.uri)[0] == "1"
 
 

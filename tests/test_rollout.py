@@ -535,3 +535,23 @@ def test_the_commands(make: Make, store: str) -> None:
     assert [{k: row[k] for k in rows[0]} for row in full] == rows
     assert [row["metrics"] for row in full] == [{}, {}] and all(row["created_us"] > 1e15 for row in full)
     assert said("history", "other")[0] == 2
+
+
+def test_a_move_begins_when_all_has_been_looked_at_and_noted(make: Make, store: str) -> None:
+    uri = make("aa", "bb")
+    begun: list[int] = []
+
+    def begins() -> None:
+        begun.append(len(noted(store)))
+
+    with pytest.raises(NoWayBackError):
+        rollback(uri, NAME, who="ann", reason="worse", store=store, begins=begins)
+    with pytest.raises(MovedError):
+        promote(uri, NAME, "2", who="ann", expected="2", store=store, begins=begins)
+    with pytest.raises(RegistryError):
+        promote(uri, NAME, "9", who="ann", store=store, begins=begins)
+    assert begun == [] and noted(store) == []
+    promote(uri, NAME, "1", who="ann", store=store, begins=begins)
+    promote(uri, NAME, "2", who="ann", begins=begins)
+    rollback(uri, NAME, who="ann", reason="worse", store=store, begins=begins)
+    assert begun == [1, 1, 2] and len(noted(store)) == 2

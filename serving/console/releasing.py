@@ -2,7 +2,8 @@
 
 A child runs `router-ml history`, `promote` or `rollback` (`router_ml.told`): no shell, no word of a request that could
 become an option, everything else from the settings. It is niced, bounded in time and in what it may say, and ends with
-this process. One promotion or rollback runs at a time; what is at work is known in this process's memory alone.
+this process. One promotion or rollback runs at a time in this process, which alone knows what is at work. The audit log
+has what was asked for from its start, and every end that is not a good one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Run:
     """One promotion or rollback: times in microseconds since 1970, `stage` what it is at, `says` what came of it.
 
     `refused` is a promotion of which a condition of the gate does not hold; `failed` is whatever else moved nothing, or
-    may have: then `says` tells.
+    may have: where it was `moving`, and so began to write to the registry, the versions tell.
     """
 
     action: Action
@@ -129,6 +130,7 @@ class Releases:
                 409, "busy", f"a {doing} that {self.run.who} asked for is at work already: wait for its end"
             )
         self.run = Run(action, version, reason, who, _now_us())
+        self._note(self.run, asked=True)  # a service that is killed meanwhile leaves this
         self._task = asyncio.create_task(self._move(self.run))
         return self.run
 
@@ -182,14 +184,15 @@ class Releases:
         finally:
             run.ended_us = _now_us()
             self._listing = None  # what is read of the registry now may be older than this
-            if run.state == "failed" and run.moving:
-                run.says += "; whether the champion has moved, the versions tell"
-            if run.state != "done" and not run.moving:  # from there on the command tells the audit log itself
-                self._note(run)
+            if run.state == "failed" and run.moving:  # what the command noted before may not have come to pass
+                self._note(run, failed=f"was ended during the move; the versions tell ({run.says[:250]})", unsure=True)
+                run.says += "; it was ended during the move, and whether the champion has moved, the versions tell"
+            elif run.state != "done":
+                self._note(run, failed=run.says[:300])
         if run.state == "done":
             self.moved()
 
-    def _note(self, run: Run) -> None:
+    def _note(self, run: Run, **how: Any) -> None:
         conditions = {c["name"]: {"holds": c["holds"], "value": c["value"]} for c in run.result.get("conditions", ())}
         moved = {"name": self.name, "version": run.version, "before": run.result.get("before")}
         self.store.note_change(
@@ -197,7 +200,7 @@ class Releases:
             run.who,
             {
                 "id": run.id, **moved, "bundle": run.result.get("bundle"), "action": run.action, "reason": run.reason,
-                "forced": False, "failed": run.says[:300],
+                "forced": False, **how,
                 "gate": {"passed": False, "conditions": conditions} if conditions else None,
             },
         )  # fmt: skip

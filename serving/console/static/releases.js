@@ -66,14 +66,16 @@ function what(c) {
   const a = c.after;
   if (c.kind !== "registry") return [h("code", null, a.model_version ?? ""), c.kind === "challenger" ? " loaded as challenger" : " serves"];
   const wanted = a.action === "rollback";
+  if (a.asked) return `${wanted ? "the rollback" : "the promotion"} of ${a.name ?? "router"} version ${a.version ?? "?"} was asked for`;
   const done = wanted ? `rolled back to${a.automatic ? " by the watch" : ""}` : `promoted${a.forced ? ", the gate overruled" : ""}`;
   const tried = wanted ? "was to be rolled back" : "was to be promoted";
   return [`${a.name ?? "router"} version ${a.version ?? "?"} ${a.failed ? tried : done}${a.before === null || a.before === undefined ? "" : `; champion before: ${a.before}`}`,
-    a.failed ? h("div", { class: "worse" }, `It did not come to pass: ${a.failed}`) : ""];
+    a.failed ? h("div", { class: "worse" }, `${a.unsure ? "It may not have come to pass" : "It did not come to pass"}: ${a.failed}`) : ""];
 }
 
 function audited(c) {
   const found = c.after.gate;
+  if (c.after.asked) return "";
   if (!found) return c.kind === "registry" && c.after.action === "promote" ? "not judged" : "";
   const each = Object.entries(found.conditions ?? {});
   return h("details", null,
@@ -95,7 +97,7 @@ function commands(name) {
 const doing = (run) => (run.action === "promote" ? `Promotion of version ${run.version}` : `Rollback of version ${run.version}`);
 
 function ended(run, release) {
-  const how = { done: "", refused: "The gate refuses it: ", failed: "It did not come to pass: " }[run.state];
+  const how = { done: "", refused: "The gate refuses it: ", failed: run.moving ? "It may not have come to pass: " : "It did not come to pass: " }[run.state];
   const follows = run.state === "done" && release.followed?.split("@")[1] === release.champion_alias;
   const serves = !follows ? "" : release.served_version === run.result.version ? ` This service serves it: bundle ${release.served_bundle}.`
     : ` This service still serves version ${release.served_version}, and is fetching the other one.`;
