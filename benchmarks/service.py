@@ -107,8 +107,8 @@ async def connected(port: int) -> AsyncIterator[Callable[[str, str, bytes], Awai
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
     async def say(method: str, path: str, body: bytes) -> bytes:
-        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        writer.write(head.encode() + b"\r\n\r\n" + body)
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         said = await reader.readuntil(b"\r\n\r\n")
         size = next(int(line[15:]) for line in said.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         answer = await reader.readexactly(size)

@@ -146,6 +146,7 @@ def create_app(settings: Settings) -> Front:
         },
     )
     app.state.service = service
+    app.local_only = not settings.api_keys
     problems.install(app, [*endpoints.api.routes, *endpoints.health.routes, *console.api.routes, *pages.ROUTES])
     app.take(endpoints.api)
     app.include_router(endpoints.health)

@@ -34,6 +34,7 @@ TITLES = {
     "forbidden": "The API key does not cover this",
     "not-found": "There is nothing here",
     "method-not-allowed": "This path takes another method",
+    "misdirected": "This service is at another address",
     "stale-version": "It has changed meanwhile",
     "policy-file": "A file sets the policy",
     "busy": "Another one is at work",

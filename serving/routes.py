@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, cast, get_type_hints
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.problems import ProblemError, problem_of
+from serving.settings import is_loopback
 
 encode = Encoder().encode  # half of the time that pydantic takes; what is not finite becomes null, too
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -83,6 +85,15 @@ OVERLOADED = ProblemError(
 ).response()
 
 
+MISDIRECTED = ProblemError(
+    421,
+    "misdirected",
+    "without API keys this service answers to localhost, 127.0.0.1 and [::1] alone, since by another name any web page "
+    "could reach it: use one of these as the host, or start the service with API keys",
+).response()
+_LONGEST_HOST = 255  # characters of a name in DNS, its port aside
+
+
 class _Answered(Response):
     """A JSON body with status 200 and its headers as they go out: starlette takes three times as long to make them."""
 
@@ -102,6 +113,8 @@ class Front(FastAPI):
     """How many requests the server has taken in and not ended; None where it does not say."""
     max_waiting: int = 0
     """Of these, how many may not have begun before the one whose turn it is is turned away."""
+    local_only: bool = False
+    """Whether a request has to name this machine as its host, as one without a key has to."""
     _begun: int = 0
 
     def take(self, router: APIRouter) -> None:
@@ -121,6 +134,11 @@ class Front(FastAPI):
         if counts:
             self._begun += 1
             cast("asyncio.Task[None]", asyncio.current_task()).add_done_callback(self._ended)
+        if self.local_only and scope["type"] == "http" and not names_this_machine(scope["headers"]):
+            if handle is not None:
+                self.state.service.metrics.responded(scope["path"], 421)
+            await MISDIRECTED(scope, receive, send)
+            return
         if handle is None:
             await super().__call__(scope, receive, send)
             return
@@ -135,6 +153,21 @@ class Front(FastAPI):
 
     def _ended(self, _task: asyncio.Task[None]) -> None:
         self._begun -= 1
+
+
+def names_this_machine(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the `host` is a loopback one, with any port. A page whose name was rebound to 127.0.0.1 sends its own.
+
+    Without one it is taken: that is an HTTP/1.0 client, and no browser.
+    """
+    return all(len(value) <= _LONGEST_HOST and _local(value) for name, value in headers if name == b"host")
+
+
+@functools.lru_cache(maxsize=64)  # clients say the same at each request
+def _local(value: bytes) -> bool:
+    host = value.decode("latin-1").strip().lower()
+    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    return is_loopback(name)
 
 
 def answer_headers(request: Request) -> list[tuple[bytes, bytes]]:

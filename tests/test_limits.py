@@ -7,6 +7,7 @@ import gzip
 import json
 import socket
 import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from live_service import Running, running, sha256
 
-from serving.routes import MAX_VALUES
+from serving.routes import MAX_VALUES, names_this_machine
 
 SLOW = 0.5  # seconds that a head and a body have
 JSON = {"content-type": "application/json"}
@@ -106,7 +107,7 @@ def test_a_body_that_is_encoded_is_refused(live: Running) -> None:
     assert live.http.post("/route", json=GOOD, headers={"content-encoding": "identity"}).status_code == 200
 
 
-HEAD = b"POST /route HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HEAD = b"POST /route HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 def connect(live: Running) -> socket.socket:
@@ -237,3 +238,45 @@ def test_a_method_that_a_path_does_not_take_is_told_all_that_it_takes(live: Runn
         said = live.http.post(path, json={})
         refused(said, 405, f"use {allowed}")
         assert said.headers["allow"] == allowed
+
+
+PATHS = (("POST", "/route"), ("GET", "/policy"), ("PUT", "/policy"), ("GET", "/console"), ("GET", "/nothing"))
+
+
+@pytest.mark.parametrize(
+    "host", ["rebound.example:8000", "x", "", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.1.5:8000"]
+)  # fmt: skip
+def test_without_keys_a_name_that_is_not_this_machine_is_refused(live: Running, host: str) -> None:
+    """DNS rebinding makes a foreign page the same origin as 127.0.0.1: all that tells it apart is the name it says."""
+    for method, path in PATHS:
+        said = live.http.request(method, path, json=GOOD, headers={"host": host})
+        refused(said, 421, "use one of these as the host, or start the service with API keys")
+        assert said.json()["type"] == "urn:router-ml:problem:misdirected"
+
+
+def test_this_machine_by_any_of_its_names_is_served(live: Running) -> None:
+    for host in ("localhost", "LocalHost:8000", "127.0.0.1:1", "127.8.9.1", "[::1]", "[::1]:8000"):
+        assert live.http.post("/route", json=GOOD, headers={"host": host}).status_code == 200, host
+        assert live.http.get("/console", headers={"host": host}).status_code == 200, host
+
+
+def test_a_second_host_does_not_help_and_none_is_an_old_client(live: Running) -> None:
+    for head, status in (
+        (b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n\r\n", b"421"),
+        (b"GET /healthz HTTP/1.0\r\n\r\n", b"200"),
+    ):
+        with connect(live) as client:
+            client.sendall(head)
+            assert client.recv(65_536).split(b" ")[1] == status
+
+
+def test_with_keys_any_name_is_served(tiny_bundle: Path, tmp_path: Path) -> None:
+    with running(tiny_bundle, tmp_path / "store.db", api_keys={"one": sha256("one")}) as keyed:
+        headers = {"host": "router.example.org", "x-api-key": "one"}
+        assert keyed.http.post("/route", json=GOOD, headers=headers).status_code == 200
+
+
+def test_the_look_at_the_host_costs_microseconds() -> None:
+    headers = [(b"host", b"127.0.0.1:8000"), *((b"x-%d" % i, b"value") for i in range(8))]
+    took = min(timeit.repeat(lambda: names_this_machine(headers), number=1_000, repeat=20)) / 1_000
+    assert took < 10e-6, f"{took * 1e6:.2f} us"
