@@ -66,19 +66,44 @@ export function settingOf(t, policy, name) {
   return t.settings.indexOf(dial?.min_probability ?? dial);
 }
 
-// What of `after` is weaker than `before`, tier by tier, as far as the file can tell; `served` is the bundle that has to keep the promise.
+export function flat(value, path = "") {
+  if (value === null || typeof value !== "object") return { [path]: JSON.stringify(value) };
+  const entries = Object.entries(value);
+  if (!entries.length) return { [path]: Array.isArray(value) ? "[]" : "{}" };
+  return Object.assign({}, ...entries.map(([name, each]) => flat(each, path ? `${path}.${name}` : name)));
+}
+
+export function diff(before, after) {
+  const [old, fresh] = [flat(before ?? {}), flat(after ?? {})];
+  const names = [...new Set([...Object.keys(old), ...Object.keys(fresh)])].sort();
+  return names.filter((name) => old[name] !== fresh[name]).map((name) => ({ name, old: old[name] ?? "—", fresh: fresh[name] ?? "—" }));
+}
+
+const parts = (dial) => (dial === null || typeof dial !== "object" ? { min_probability: dial } : dial);
+const open = (changes) => changes.map((d) => `whether this is weaker is not known: ${d.name} ${d.old} → ${d.fresh}`);
+
+// What of `after` is weaker than `before`, or may be: tier by tier as far as the file can tell (`t`, null: there is none), and
+// every other setting by its name, since no file judges those. `served` is the bundle that has to keep the promise.
 export function weakerPolicy(t, before, after, served) {
-  if (!t) return [];
-  const text = (policy, tier) => JSON.stringify(policy.tiers[tier.name] ?? null);
-  const moved = t.tiers.filter((tier) => text(before, tier) !== text(after, tier));
-  const said = moved.flatMap((tier) => {
-    const [old, fresh] = [settingOf(t, before, tier.name), settingOf(t, after, tier.name)];
-    if (tier.today === null) return [`tier ${tier.name} was not judged: ${tier.why}`];
-    if (fresh < 0) return [`tier ${tier.name}: the setting ${text(after, tier)} is none that was judged`];
-    return against(t, tier, fresh, old).weaker.map((line) => (t.tiers.length > 1 ? `tier ${tier.name}: ${line}` : line));
-  });
-  if (moved.length && t.model_version !== served) {
+  const [said, unknown] = [[], []];
+  let judged = false;
+  for (const name of new Set([...Object.keys(before.tiers), ...Object.keys(after.tiers)])) {
+    const [{ min_probability: old, ...was }, { min_probability: fresh, ...is }] = [parts(before.tiers[name]), parts(after.tiers[name])];
+    unknown.push(...open(diff({ tiers: { [name]: was } }, { tiers: { [name]: is } }).filter((d) => d.name !== `tiers.${name}`)));
+    if (old === fresh) continue;
+    const tier = t?.tiers.find((each) => each.name === name);
+    if (!tier || tier.today === null) { // no file tells: only a higher promise is surely none that is weaker
+      const why = !tier || fresh > old ? "" : ` (tier ${name} was not judged: ${tier.why})`;
+      if (!(fresh > old)) unknown.push(...open([{ name: `tiers.${name}`, old: old ?? "—", fresh: `${fresh ?? "—"}${why}` }]));
+      continue;
+    }
+    judged = true;
+    const [from, to] = [settingOf(t, before, name), settingOf(t, after, name)];
+    if (to < 0) said.push(`tier ${name}: the setting ${fresh ?? "—"} is none that was judged`);
+    else said.push(...against(t, tier, to, from).weaker.map((line) => (t.tiers.length > 1 ? `tier ${name}: ${line}` : line)));
+  }
+  if (judged && t.model_version !== served) {
     said.unshift(`the trade-off is of bundle ${t.model_version}, and ${served} serves: what that one keeps is not known; run router-ml tradeoff again`);
   }
-  return said;
+  return [...said, ...unknown, ...open(diff({ ...before, tiers: null }, { ...after, tiers: null }))];
 }

@@ -1,25 +1,18 @@
 // Apply: a new policy version with a reason, after its diff and, where a promise gets weaker, a question; and the way back.
 
-import { weakerPolicy } from "./against.js";
+import { diff, weakerPolicy } from "./against.js";
 import { ask, complain, h, say, table, when } from "./dom.js";
 import { get, policyInForce, putPolicy } from "./http.js";
-
-export function flat(value, path = "") {
-  if (value === null || typeof value !== "object") return { [path]: JSON.stringify(value) };
-  const entries = Object.entries(value);
-  if (!entries.length) return { [path]: Array.isArray(value) ? "[]" : "{}" };
-  return Object.assign({}, ...entries.map(([name, each]) => flat(each, path ? `${path}.${name}` : name)));
-}
-
-export function diff(before, after) {
-  const [old, fresh] = [flat(before ?? {}), flat(after ?? {})];
-  const names = [...new Set([...Object.keys(old), ...Object.keys(fresh)])].sort();
-  return names.filter((name) => old[name] !== fresh[name]).map((name) => ({ name, old: old[name] ?? "—", fresh: fresh[name] ?? "—" }));
-}
 
 function diffTable(caption, before, after) {
   return table(caption, [["setting", (d) => h("code", null, d.name)], ["before", (d) => d.old, true], ["after", (d) => d.fresh, true]],
     diff(before, after), "no difference");
+}
+
+// The question before a promise that is weaker, or may be.
+function question(weaker) {
+  return [h("p", null, "Against what is in force, a promise would be weaker than the promotion gate allows, or whether it would be is not known:"),
+    h("ul", null, weaker.map((each) => h("li", null, each)))];
 }
 
 function withDial(policy, tier, value) {
@@ -53,8 +46,7 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
     const weaker = differs ? weakerPolicy(tradeoff, now.policy, after, me.model_version) : [];
     asked.hidden = !weaker.length;
     if (weaker.length) {
-      asked.replaceChildren(h("p", null, "Against what is in force, a promise would be weaker than the promotion gate allows:"),
-        h("ul", null, weaker.map((each) => h("li", null, each))),
+      asked.replaceChildren(...question(weaker),
         h("p", null, sure, " ", h("label", { for: "sure" }, "Apply it all the same; the reason below says why")));
     } else {
       sure.checked = false;
@@ -87,8 +79,7 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
 
   async function undo(each) {
     const weaker = weakerPolicy(tradeoff, now.policy, each.before.policy, me.model_version);
-    const sure = !weaker.length || await ask(`Undo ${each.after.version}?`, [
-      h("p", null, "Against what is in force, a promise would be weaker than the promotion gate allows:"), h("ul", null, weaker.map((line) => h("li", null, line)))], "Undo all the same");
+    const sure = !weaker.length || await ask(`Undo ${each.after.version}?`, question(weaker), "Undo all the same");
     if (sure) await put(each.before.policy, `undo of ${each.after.version}`, "Undone");
   }
 
@@ -117,7 +108,7 @@ export function applyPanel(me, policy, tradeoff, changed = () => {}) {
       complain("Say why: the reason is kept with the version.");
       reason.focus();
     } else if (!asked.hidden && !sure.checked) {
-      complain("A promise would be weaker than the gate allows: confirm it above the reason, or choose another setting.");
+      complain("A promise would be weaker than the gate allows, or may be: confirm it above the reason, or choose another setting.");
       sure.focus();
     } else {
       put(body, reason.value.trim(), "Applied");
