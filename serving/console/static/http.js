@@ -41,8 +41,10 @@ export async function policyInForce() {
   return { ...body, etag };
 }
 
-// Raises a Problem of status 412 where another policy than that of `etag` is in force.
+// Raises a Problem of status 412 where another policy than that of `etag` is in force. The answer is what is in force now, with its
+// etag: to read it again could reach a process that has not followed yet.
 export async function putPolicy(policy, etag, reason) {
   const headers = { "content-type": "application/json", "if-match": etag, "x-change-reason": encodeURIComponent(reason) };
-  return (await ask("/policy", { method: "PUT", headers, body: JSON.stringify(policy) })).body;
+  const put = await ask("/policy", { method: "PUT", headers, body: JSON.stringify(policy) });
+  return { ...put.body, etag: put.etag };
 }
