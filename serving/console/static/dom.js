@@ -31,7 +31,7 @@ export function usd(value) {
   return `${value.toLocaleString(LANGUAGE, digits)} USD`;
 }
 
-export const nano = (value) => usd(value / 1e9);
+export const nano = (value) => usd(Number(value) / 1e9);
 export const share = (value) => `${(100 * value).toLocaleString(LANGUAGE, { maximumFractionDigits: 1 })} %`;
 
 export function signed(value, digits = 3) {
