@@ -1,6 +1,6 @@
 // Decisions: search the store, and one of them explained.
 
-import { complain, count, field, h, share, table, usd, when } from "./dom.js";
+import { complain, count, field, h, say, share, table, usd, when } from "./dom.js";
 import { get } from "./http.js";
 
 const FIELDS = [["id", "Decision or request id (its beginning)"], ["tenant", "Tenant"], ["task", "Task"], ["model", "Model"], ["tier", "Tier"],
@@ -23,29 +23,49 @@ function search(me) {
   const query = () => Object.fromEntries([...inputs.map(([name, , input]) => [name, input.value.trim()]),
     ...flags.map(([name, , input]) => [name, input.checked ? "1" : ""])]);
 
-  const go = (...page) => show(...page).catch((problem) => complain(`${problem.message}.`));
+  const told = (asked) => [...inputs.filter(([name]) => asked[name]).map(([name, label]) => `${label} "${asked[name]}"`),
+    ...flags.filter(([name]) => asked[name]).map(([, label]) => label)].join(", ");
+  let turn = 0; // a slow answer is not shown over that of a later question
 
-  async function show(after, before = []) {
-    const asked = query();
+  async function go(...page) {
+    const mine = turn + 1;
+    try {
+      const [all, which] = await show(...page);
+      if (mine !== turn) return;
+      if (document.activeElement === document.body) found.querySelector(".scroll").focus(); // the button that was pressed is gone
+      say(`${all}${which}.`);
+    } catch (problem) {
+      if (mine === turn) complain(`${problem.message}.`);
+    }
+  }
+
+  // `asked` is the filter as it was when Search was pressed: what is in the fields may have been edited since.
+  async function show(asked, after, before = []) {
+    const mine = (turn += 1);
     const page = await get("/console/api/decisions", { ...asked, after });
-    complain(""); // what was wrong before is not any more
+    if (mine !== turn) return [];
     const from = before.length * 50;
+    const total = from + page.total; // the service counts from where the page begins
+    const all = `${count(total)} ${total === 1 ? "decision" : "decisions"}`;
+    const which = page.decisions.length ? `, ${count(from + 1)} to ${count(from + page.decisions.length)}` : "";
+    const filter = told(asked);
     found.replaceChildren(
-      table(`${count(page.total)} ${page.total === 1 ? "decision" : "decisions"} in the service's store, ${page.decisions.length ? `${count(from + 1)} to ${count(from + page.decisions.length)}, ` : ""}the newest first; as of ${when(Date.now() * 1000)}`, [
+      table(`${all} in the service's store${which}, the newest first; as of ${when(Date.now() * 1000)}${filter && `; searched for: ${filter}`}`, [
         ["decision", (d) => line(d)[0][1]], ["time", (d) => line(d)[1][1]],
         ["tenant", (d) => d.tenant ?? ""], ["task", (d) => d.task ?? ""], ["tier", (d) => d.tier ?? ""], ["model", (d) => d.model],
         ["expected cost", (d) => usd(d.expected_cost_usd), true], ["dial", (d) => String(d.min_probability), true],
         ["reason", (d) => d.reason], ["policy", (d) => h("code", null, d.policy_version)],
       ], page.decisions, "no decision matches"),
       h("p", null,
-        before.length > 0 && h("button", { type: "button", onclick: () => go(before.at(-1), before.slice(0, -1)) }, "Newer"), " ",
-        page.after && h("button", { type: "button", id: "older", onclick: () => go(page.after, [...before, after]) }, "Older")));
+        before.length > 0 && h("button", { type: "button", onclick: () => go(asked, before.at(-1), before.slice(0, -1)) }, "Newer"), " ",
+        page.after && h("button", { type: "button", id: "older", onclick: () => go(asked, page.after, [...before, after]) }, "Older")));
+    return [all, which];
   }
 
-  const form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); go(null); } },
+  const form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); go(query(), null); } },
     inputs.map(([, label, input]) => field(label, input)), flags.map(([, label, input]) => h("div", null, h("span", null, input, " ", h("label", { for: input.id }, label)))),
     h("button", { class: "primary" }, "Search"));
-  return show(null).then(() => h("div", null, h("h2", null, "Decisions"), form, found));
+  return show(query(), null).then(() => h("div", null, h("h2", null, "Decisions"), form, found));
 }
 
 function message(text) {
