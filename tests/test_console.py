@@ -297,6 +297,7 @@ def test_the_key_is_asked_for_once_a_tab(world: Console) -> None:
         tab.locator("#key").fill(VIEWER)
         tab.keyboard.press("Enter")
         expect(tab.locator("main h2")).to_have_text("Trade-off")
+        expect(tab.locator("main")).to_be_focused()
         tab.reload()
         expect(tab.locator("main h2")).to_have_text("Trade-off")
         assert VIEWER not in tab.content()

@@ -64,18 +64,23 @@ async function open() {
   }
 }
 
+// What had the focus is gone with the view before; where a key is asked for, its field has it.
+function toMain() {
+  if (login.hidden) main.focus();
+}
+
 login.addEventListener("submit", (event) => {
   event.preventDefault();
   const key = document.getElementById("key");
   useKey(key.value.trim());
   key.value = "";
   document.getElementById("alert").replaceChildren();
-  open();
+  open().then(toMain);
 });
 served.addEventListener("refresh", () => { whoAmI().catch(() => {}); });
 window.addEventListener("hashchange", () => {
   document.getElementById("alert").replaceChildren();
   document.getElementById("status").replaceChildren();
-  open().then(() => main.focus());
+  open().then(toMain);
 });
 open();
