@@ -366,7 +366,9 @@ def test_a_service_that_is_restarted_meanwhile_is_said(world: Console, place: Pl
         other = Console(world.live, str(http.base_url).rstrip("/"), ends, world.browser)
         tab, seen = ends.enter_context(page(other, "", "releases"))
         expect(tab.locator(ROWS)).to_have_count(3, timeout=60_000)
+        tab.route("**/console/api/releases", lambda route: route.abort("connectionrefused"), times=1)
         fill_in(tab, "Promote…", "before the restart")
+        expect(tab.locator("#status")).to_have_text("Promotion of version 2 has begun.", timeout=60_000)
         expect(tab.locator("#run [role=status]")).to_contain_text("At work", timeout=60_000)
         wait_for(lambda: bool(told(one.pid)))
         (child,) = told(one.pid)
@@ -375,7 +377,7 @@ def test_a_service_that_is_restarted_meanwhile_is_said(world: Console, place: Pl
         wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 5.0)
         expect(tab.locator("#run [role=status]")).to_contain_text("does not answer; it is asked on")
         ends.enter_context(process(http.base_url.port, **common))
-        expect(tab.locator("#run [role=status]")).to_contain_text("The service was restarted meanwhile", timeout=60_000)
+        expect(tab.locator("#run [role=status]")).to_contain_text("the service was restarted meanwhile", timeout=60_000)
         assert seen.errors == [] or all("ERR_CONNECTION_REFUSED" in error for error in seen.errors)
         (noted,) = (c for c in http.get("/console/api/changes").json()["changes"] if c["kind"] == "registry")
         assert noted["after"]["asked"] and noted["after"]["reason"] == "before the restart"

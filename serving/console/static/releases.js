@@ -4,6 +4,7 @@ import { ask, change, complain, count, h, reasonField, say, table, usd, when } f
 import { get, post } from "./http.js";
 
 const MINE = "router-ml-run"; // the promotion or rollback that this tab waits for: it outlives a reload
+const GIVEN_UP = 3600e6; // microseconds: whatever is at work has ended by then
 const number = (value) => (value === null || value === undefined ? "none" : String(Number(value.toPrecision(4))));
 const known = (value, digits = 3) => (value === undefined ? "not known" : value.toFixed(digits));
 
@@ -96,6 +97,20 @@ function commands(name) {
 
 const doing = (run) => (run.action === "promote" ? `Promotion of version ${run.version}` : `Rollback of version ${run.version}`);
 
+function waitedFor() {
+  try {
+    return JSON.parse(sessionStorage.getItem(MINE));
+  } catch {
+    return null;
+  }
+}
+
+// What the audit log has of a run: its own note, or that of the command that has moved the champion.
+function noted(run, changes) {
+  return changes.find((c) => c.kind === "registry" && (c.after.id === run.id || (!c.after.failed && c.time_us >= run.started_us &&
+    c.after.action === run.action && String(c.after.version) === run.version && (c.reason ?? c.after.reason) === run.reason)));
+}
+
 function ended(run, release) {
   const how = { done: "", refused: "The gate refuses it: ", failed: run.moving ? "It may not have come to pass: " : "It did not come to pass: " }[run.state];
   const follows = run.state === "done" && release.followed?.split("@")[1] === release.champion_alias;
@@ -112,24 +127,42 @@ function runPanel(changed) {
   const element = h("section", { id: "run", class: "apply", "aria-label": "Promotion or rollback", hidden: true }, heading, stage, rest);
   let told = null;
   let asked = 0;
+  let misses = 0; // answers in a row, of a process that does not know the run that is waited for
 
   function text(node, value) {
     if (node.textContent !== value) node.textContent = value; // a live region speaks at every change
   }
 
-  function show(release) {
-    const { run } = release;
-    const mine = sessionStorage.getItem(MINE);
-    if (mine !== null && run?.id !== mine) {
-      sessionStorage.removeItem(MINE);
-      element.hidden = false;
-      text(heading, "Nothing more is known of it");
-      text(stage, "The service was restarted meanwhile, which ends a promotion or rollback that is at work, or another of its processes answers now. " +
-        "Whether the champion has moved, the versions tell.");
-      rest.replaceChildren();
-      changed(release);
-      return false;
+  // The process that answers has had another run since, or none: the audit log, which all processes share, may tell of mine.
+  function elsewhere(release, mine, changes) {
+    const end = noted(mine, changes);
+    misses += 1;
+    if (!end && misses < 3 && release.time_us - mine.started_us < GIVEN_UP) return true;
+    element.hidden = false;
+    text(heading, doing(mine));
+    rest.replaceChildren();
+    const after = release.run && release.run.started_us > mine.started_us
+      ? ` ${doing(release.run)}, which ${release.run.who} asked for, has followed.` : "";
+    if (end) {
+      text(stage, `${end.after.failed ? `It did not come to pass: ${end.after.failed}` : "It has come to pass, as the audit log below says"}.${after}`);
+      stage.className = end.after.failed ? "worse" : "better";
+    } else {
+      text(stage, "The process that answers does not know of it: another process of the service may be at it, or the service was restarted meanwhile, " +
+        `which ends it. The versions and the audit log below tell whether the champion has moved.${after}`);
+      stage.className = "";
     }
+    const over = Boolean(end) || release.time_us - mine.started_us >= GIVEN_UP;
+    if (over) sessionStorage.removeItem(MINE);
+    if (over || misses === 3) changed(release);
+    return !over;
+  }
+
+  function show(release, changes) {
+    const { run } = release;
+    const waited = waitedFor();
+    const mine = waited?.id ?? null;
+    if (mine !== null && run?.id !== mine) return elsewhere(release, waited, changes);
+    misses = 0;
     if (!run) return false;
     element.hidden = false;
     text(heading, doing(run));
@@ -165,16 +198,24 @@ function runPanel(changed) {
 
   async function follow(release) {
     const turn = (asked += 1);
-    let more = show(release);
+    misses = 0;
+    const look = async (now) => {
+      const mine = waitedFor();
+      const changes = mine && now.run?.id !== mine.id ? (await get("/console/api/changes")).changes : [];
+      return turn === asked && show(now, changes);
+    };
+    let [more, next] = [true, release];
     while (more && turn === asked) {
-      await new Promise((wait) => { setTimeout(wait, 500); });
-      if (!element.isConnected) return;
       try {
-        more = show(await get("/console/api/releases"));
+        more = await look(next ?? await get("/console/api/releases"));
       } catch (problem) {
         text(stage, `${problem.message}; it is asked on.`);
         if (problem.status === 401 || problem.status === 403) return;
       }
+      if (!more || turn !== asked) break;
+      next = null;
+      await new Promise((wait) => { setTimeout(wait, misses < 3 ? 500 : 2000); });
+      if (!element.isConnected) return;
     }
     document.getElementById("served").dispatchEvent(new Event("refresh"));
   }
@@ -203,11 +244,12 @@ export async function releasesView(me) {
     if (!sure) return;
     try {
       const { run } = await post(`/console/api/releases/${action}`, { version, reason: reason.value() });
-      sessionStorage.setItem(MINE, run.id);
+      sessionStorage.setItem(MINE, JSON.stringify(run));
       say(`${doing(run)} has begun.`);
-      panel.follow(await get("/console/api/releases"));
+      panel.follow({ ...release, run, time_us: run.started_us });
     } catch (problem) {
-      complain(`Not begun: ${problem.message}.`);
+      complain(problem.status === 0 ? "Whether it has begun is not known: the service does not answer. Load this page again to see."
+        : `Not begun: ${problem.message}.`);
     }
   }
 
