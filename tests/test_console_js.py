@@ -47,7 +47,7 @@ def call(tab: Page, file: str, expression: str, given: Any = None) -> Any:
 
 
 def test_whatever_no_file_judges_is_asked_about_before_it_replaces_what_is_in_force(bare: Console) -> None:
-    base = {"default_tier": "standard", "tiers": {"standard": 0.7, "premium": 0.9}, "rules": []}
+    base: dict[str, Any] = {"default_tier": "standard", "tiers": {"standard": 0.7, "premium": 0.9}, "rules": []}
     zero = {"quality": [0, 0, 0], "cost_usd": [0, 0, 0], "slices": [], "weaker": []}
     t = {
         "model_version": "b1", "settings": [0.5, 0.7], "gate": {"quality": 0.02, "slice": 0.1, "slice_rows": 50},
@@ -217,7 +217,7 @@ def test_an_export_holds_no_formula_and_every_nano_dollar(bare: Console) -> None
 
 
 def test_a_run_that_the_answering_process_does_not_know_is_followed_in_the_audit_log(bare: Console) -> None:
-    run = {
+    run: dict[str, Any] = {
         "id": "mine", "action": "promote", "version": "7", "reason": "better", "who": "owner", "state": "running",
         "started_us": time.time_ns() // 1000, "stage": "judging",
     }  # fmt: skip
