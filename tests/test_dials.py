@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.load import load_router
@@ -23,6 +23,7 @@ from training.dials import KINDS, Seen, Setting, seen_of_decisions, seen_of_log,
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 100_000), st.floats(0, 1), st.floats(0, 5), st.booleans(), st.booleans())
+@example(98, 0.0, 0.0, False, False)  # all that may serve has no estimate and no cost
 def test_choices_are_the_policys(seed: int, least: float, worth: float, default: bool, plain: bool) -> None:
     rng = np.random.default_rng(seed)
     n, m = 25, 5

@@ -103,7 +103,7 @@ class Seen:
         none = ~meets.any(axis=1)
         if none.any():
             probable = _least(np.where(known, -p, np.inf), known, cost)
-            cheapest = np.where(self.eligible, cost, np.inf).argmin(axis=1)
+            cheapest = _least(np.where(self.eligible, cost, np.inf), self.eligible, np.zeros_like(cost))
             blind = ~known.any(axis=1)
             otherwise = np.where(blind, cheapest, probable)
             if self.default >= 0:
