@@ -221,11 +221,11 @@ class RouterML(CustomLogger):  # type: ignore[misc]
         cost = said.get("response_cost") or None  # 0 is what LiteLLM says of a model without a price
         self._report(
             found,
-            status="ok",
+            status="cached" if cached else "ok",
             served_model=said.get("model_group"),
             input_tokens=said.get("prompt_tokens"),
             output_tokens=said.get("completion_tokens"),
-            cost_usd=None if cached else cost,
+            cost_usd=0.0 if cached else cost,
             latency_ms=None if cached else (end_time - start_time).total_seconds() * 1000,
         )
 

@@ -38,6 +38,8 @@ async def main():
         call = json.loads(line)
         settings = {"url": setup["url"], "deadline_s": 5.0, **call.pop("settings", {})}
         declared = call.pop("declared", None)
+        if call.get("caching"):
+            litellm.cache = litellm.cache or litellm.Cache(type="local")
         make = declared and (lambda: AsyncRouterClient(settings["url"], default_for=lambda request: declared))
         plugin = plugins.setdefault(json.dumps([settings, declared]), RouterML(PluginSettings(**settings), make))
         try:
@@ -302,6 +304,15 @@ def test_while_the_router_is_away_litellms_own_order_serves(ask: Sdk | Proxy, wo
         assert said["error"] in ("ServiceUnavailableError", 503) and "data_class" in said["detail"]
         assert world.upstream.asked == []
     wait_for(lambda: ask(EASY) == {"text": "local says so"}, 20)
+
+
+def test_what_litellms_cache_answers_is_no_call_and_costs_nothing(sdk: Sdk, world: World) -> None:
+    for status, asked in (("ok", ["local"]), ("cached", [])):
+        world.upstream.reset()
+        assert sdk(EASY, caching=True) == {"text": "local says so"} and world.upstream.asked == asked
+        row = world.row()
+        assert (row["status"], row["model"], row["output_tokens"]) == (status, "local", 7)
+        assert (row["cost_usd"] == 0.0) == (row["latency_ms"] is None) == (status == "cached")
 
 
 def test_an_own_order_that_is_declared_safe_and_a_default_for_the_request(sdk: Sdk, world: World) -> None:
