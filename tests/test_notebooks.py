@@ -195,7 +195,11 @@ def test_make_notebooks_opens_them_in_jupyter(tmp_path: Path) -> None:
     port = free_port()
     args = f"--no-browser --ServerApp.port={port} --ServerApp.port_retries=0 --IdentityProvider.token=t --allow-root"
     said = subprocess.run(
-        [make, "-n", "notebooks", f"ARGS={args}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [make, "--no-print-directory", "-n", "notebooks", f"ARGS={args}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert said.returncode == 0, said.stderr
     command = shlex.split(said.stdout.strip().splitlines()[-1])

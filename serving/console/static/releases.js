@@ -105,9 +105,9 @@ function waitedFor() {
   }
 }
 
-// What the audit log has of a run: its own note, or that of the command that has moved the champion.
+// What the audit log has of a run's end: its own note, or that of the command that has moved the champion.
 function noted(run, changes) {
-  return changes.find((c) => c.kind === "registry" && (c.after.id === run.id || (!c.after.failed && c.time_us >= run.started_us &&
+  return changes.find((c) => c.kind === "registry" && !c.after.asked && (c.after.id === run.id || (!c.after.failed && c.time_us >= run.started_us &&
     c.after.action === run.action && String(c.after.version) === run.version && (c.reason ?? c.after.reason) === run.reason)));
 }
 
