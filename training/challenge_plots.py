@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from training.policy_value import finish_cost_quality
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,14 +47,7 @@ def frontier_plot(frontier: pl.DataFrame, policies: pl.DataFrame, confidence: fl
             row["model"], (row["cost_usd"] * per, row["quality"]), fontsize=7, xytext=(4, -8),
             textcoords="offset points", parse_math=False,
         )  # fmt: skip
-    if not axes.has_data():
-        axes.text(0.5, 0.5, "not identifiable", ha="center", transform=axes.transAxes)
-    else:
-        axes.set_xscale("log")
-        axes.legend(loc="lower right", fontsize=8)
-    axes.set_xlabel("cost, USD per 1,000 requests")
-    axes.set_ylabel(f"quality a request; {confidence:.0%} of each point by itself")
-    axes.grid(alpha=0.3)
+    finish_cost_quality(axes, f"quality a request; {confidence:.0%} of each point by itself")
     return figure
 
 

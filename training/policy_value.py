@@ -11,6 +11,7 @@ import polars as pl
 from training.support import Support
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -114,6 +115,18 @@ class SliceValues:
         found = {f"{by}: {name}": v.headline for (by, name), v in self.values.items() if v.headline is not None}
         paired = any(v.paired for v in self.values.values())
         return interval_plot(found, f"{self.metric} a request{', target - baseline' if paired else ''}", zero=paired)
+
+
+def finish_cost_quality(axes: Axes, quality: str) -> None:
+    """Labels, scale and legend of quality against USD per 1,000 requests, or the word that nothing is identifiable."""
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "not identifiable", ha="center", transform=axes.transAxes)
+    else:
+        axes.set_xscale("log")
+        axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel("cost, USD per 1,000 requests")
+    axes.set_ylabel(quality)
+    axes.grid(alpha=0.3)
 
 
 def interval_plot(estimates: Mapping[str, Estimate], label: str, *, zero: bool) -> Figure:

@@ -14,7 +14,7 @@ from training.experiment import cost_column
 from training.held_out import held_out
 from training.logged import decided, logged_of, one_row_a_request
 from training.ope import PolicyValue, evaluate_policies
-from training.policy_value import Estimate
+from training.policy_value import Estimate, finish_cost_quality
 from training.rivals import always_cheapest, always_one, ranked_models, shuffled
 
 if TYPE_CHECKING:
@@ -66,14 +66,7 @@ class Standing:
             if q is not None and c is not None:
                 axes.errorbar(c.value * 1000, q.value, yerr=_ends(q, 1), xerr=_ends(c, 1000), fmt="o", capsize=3,
                               label=f"{name} ({self.best_single})" if name == BEST_SINGLE else name)  # fmt: skip
-        if not axes.has_data():
-            axes.text(0.5, 0.5, "not identifiable", ha="center", transform=axes.transAxes)
-        else:
-            axes.set_xscale("log")
-            axes.legend(loc="lower right", fontsize=8)
-        axes.set_xlabel("cost, USD per 1,000 requests")
-        axes.set_ylabel(f"quality a request, {self.confidence:.0%} each")
-        axes.grid(alpha=0.3)
+        finish_cost_quality(axes, f"quality a request, {self.confidence:.0%} each")
         return figure
 
 
